@@ -1,0 +1,60 @@
+"""Which implementation of an op runs: the choice by device, and the checks that every op shares."""
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+
+
+def backend_module(op: str, backend: str) -> ModuleType:
+    """The module of an op's backend, imported when it is first used (Triton and numba are slow to import)."""
+    return importlib.import_module(f"mambagen.kernels.{op}.{backend}")
+
+
+def choose_backend(op: str, backend: str, x: Tensor, **facts: object) -> str:
+    """The backend to run: the one that was asked for, or for "auto" the fastest that can do this call on x's device.
+
+    A backend module may have `unsupported(x, **facts)`, which returns a reason in words or None.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if backend != "auto":
+        if backend not in ("reference", "auto"):
+            reason = _unsupported(op, backend, x, facts)
+            if reason:
+                raise ValueError(f"{op}: backend {backend!r} cannot run this: {reason}")
+        return backend
+    if x.dtype == torch.float64:
+        return "reference"
+    order = ("cuda", "triton") if x.is_cuda else ("cpu",)
+    for name in order:
+        if _unsupported(op, name, x, facts) is None:
+            return name
+    return "reference"
+
+
+def _unsupported(op: str, backend: str, x: Tensor, facts: dict[str, object]) -> str | None:
+    if backend == "cpu" and x.device.type != "cpu":
+        return f"the tensors are on {x.device}"
+    if backend == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton needs a GPU (or TRITON_INTERPRET=1, its slow interpreter)"
+    if backend == "cuda" and not x.is_cuda:
+        return f"the tensors are on {x.device}"
+    if x.dtype == torch.float64:
+        return "float64 runs on the reference only"
+    try:
+        module = backend_module(op, backend)
+    except ImportError as error:
+        return f"it cannot be imported here ({error})"
+    check = getattr(module, "unsupported", None)
+    return check(x, **facts) if check else None
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    """ValueError unless the tensor, where given, has this shape."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape} {meaning}")
