@@ -37,6 +37,15 @@ def choose_backend(op: str, backend: str, x: Tensor, **facts: object) -> str:
     return "reference"
 
 
+@torch.compiler.assume_constant_result
+def _module_or_reason(op: str, backend: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported; a constant under torch.compile, which traces no imports."""
+    try:
+        return backend_module(op, backend)
+    except ImportError as error:
+        return f"it cannot be imported here ({error})"
+
+
 def _unsupported(op: str, backend: str, x: Tensor, facts: dict[str, object]) -> str | None:
     if backend == "cpu" and x.device.type != "cpu":
         return f"the tensors are on {x.device}"
@@ -46,10 +55,9 @@ def _unsupported(op: str, backend: str, x: Tensor, facts: dict[str, object]) -> 
         return f"the tensors are on {x.device}"
     if x.dtype == torch.float64:
         return "float64 runs on the reference only"
-    try:
-        module = backend_module(op, backend)
-    except ImportError as error:
-        return f"it cannot be imported here ({error})"
+    module = _module_or_reason(op, backend)
+    if isinstance(module, str):
+        return module
     check = getattr(module, "unsupported", None)
     return check(x, **facts) if check else None
 
