@@ -1,3 +1,44 @@
-"""Mamba sequence models for DNA and raw audio."""
+"""Mamba sequence models for DNA and raw audio.
+
+model, tokenizer = mambagen.load("runs/my-run/model")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from mambagen.data.dna_tokens import DnaTokenizer
+    from mambagen.models.mamba_lm import MambaLM
 
 __version__ = "0.1.0"
+
+
+def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[MambaLM, DnaTokenizer]:
+    """The model of a folder, in evaluation mode on `device`, and the tokenizer that it was trained with.
+
+    Raises:
+        ModelError: the folder is missing, damaged, or of a kind or version that this mambagen does not know.
+    """
+    from pathlib import Path
+
+    from pydantic import ValidationError
+
+    from mambagen.data.dna_tokens import DnaTokenizer
+    from mambagen.errors import ModelError
+    from mambagen.models.files import first_fault
+    from mambagen.models.saving import CONFIG, load_model
+
+    model, config = load_model(folder, device)
+    where = Path(folder) / CONFIG
+    try:
+        tokenizer = DnaTokenizer.model_validate(config["tokenizer"])
+    except ValidationError as error:
+        raise ModelError(f"{where}: tokenizer: {first_fault(error)}") from None
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ModelError(f"{where}: {tokenizer.vocab_size} tokens, but a model of {model.config.vocab_size}")
+    return model, tokenizer

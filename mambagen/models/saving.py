@@ -1,0 +1,189 @@
+"""Models on disk: a folder of config.json, model.safetensors, README.md (the model card) and manifest.json.
+
+config.json: {"format": 1, "kind": "mamba-lm", "model": {MambaConfig}, "tokenizer": {...}}. Nothing is ever unpickled.
+"""
+
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from torch import Tensor
+
+from mambagen import __version__
+from mambagen.errors import ModelError
+from mambagen.models.config import MambaConfig
+from mambagen.models.files import Writer, first_fault, read_json, verify_folder, write_folder_atomically
+from mambagen.models.mamba_lm import MambaLM
+
+FORMAT = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+# kind -> (config, model); a further head or backbone adds its line.
+KINDS: dict[str, tuple[type[MambaConfig], type[MambaLM]]] = {MambaLM.kind: (MambaConfig, MambaLM)}
+
+
+class ModelFile(BaseModel):
+    """What config.json holds; `model` is checked further by the kind's own config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1]
+    kind: Annotated[str, StringConstraints(min_length=1)]
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+
+
+def save_model(
+    model: MambaLM, folder: Path | str, tokenizer: Mapping[str, Any], card: str, replace: bool = False
+) -> None:
+    """Write a model folder; it appears whole under its name or not at all.
+
+    Args:
+        model: the model itself, not a wrapper of it (DDP, compiled); tensors on any device.
+        folder: must not exist yet (with `replace` it may be an earlier model folder).
+        tokenizer: what the input policy needs to be built again, as JSON values.
+        card: the text of README.md; see `model_card`.
+
+    Raises:
+        UsageError, ResourceError: see `write_folder_atomically`.
+    """
+    write_folder_atomically(folder, model_writers(model, tokenizer, card), unlisted=[CARD], replace=replace)
+
+
+def model_writers(model: MambaLM, tokenizer: Mapping[str, Any], card: str) -> dict[str, Writer]:
+    """The files of a model folder as writers, for a folder that holds more than the model (a checkpoint)."""
+    fields = {"format": FORMAT, "kind": model.kind, "model": model.config.model_dump(), "tokenizer": dict(tokenizer)}
+    config = json.dumps(fields, indent=2, allow_nan=False) + "\n"
+    return {
+        CONFIG: lambda path: _write_text(path, config),
+        WEIGHTS: lambda path: write_tensors(path, stored_tensors(model)),
+        CARD: lambda path: _write_text(path, card.rstrip("\n") + "\n"),
+    }
+
+
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[MambaLM, dict[str, Any]]:
+    """The model of a folder, in evaluation mode and float32 on `device`, and its config.json as a dictionary.
+
+    The folder is verified against its manifest first, so a cut-off file or a flipped bit is found. Training
+    checkpoints, which are model folders with more in them, load too.
+
+    Raises:
+        ModelError: names the file that is missing, damaged, or of a version or kind that this mambagen does not know.
+    """
+    folder = Path(folder)
+    verify_folder(folder, [CONFIG, WEIGHTS])
+    fields = read_json(folder / CONFIG)
+    kind, config = _checked_config(folder / CONFIG, fields)
+    tensors = read_tensors(folder / WEIGHTS)
+    with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain; the caller's numbers stay
+        model = KINDS[kind][1](config)
+    assign_tensors(model, tensors, folder / WEIGHTS)
+    return model.to(device).eval(), fields
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of tensors on any device; OSError where it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the system's error in text
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; ModelError where it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; the folder is incomplete, take another copy") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: damaged: {error}; take another copy") from error
+
+
+def model_card(model: MambaLM, title: str, data: str, licence: str, recipe: str, quality: str, extra: str = "") -> str:
+    """The text of a model's README.md.
+
+    Args:
+        title: one line. data: what it was trained on and where that is from. licence: of the weights.
+        recipe: the command or settings that trained it. quality: measured, with what it was measured on.
+        extra: further Markdown for the end.
+    """
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"""# {title}
+
+A Mamba model ({model.kind}) with {parameters:,} parameters: {config.n_layer} layers, d_model {config.d_model}, \
+d_state {config.d_state}; written by mambagen {__version__}.
+
+```python
+import mambagen
+
+model, tokenizer = mambagen.load("path/to/this/folder")
+```
+
+## Data
+{data}
+
+## Licence
+{licence}
+
+## Recipe
+{recipe}
+
+## Quality
+{quality}
+{extra}""".rstrip()
+        + "\n"
+    )
+
+
+def stored_tensors(model: MambaLM) -> dict[str, Tensor]:
+    """The tensors that a file holds: all but a tied head, which is the embedding and there once."""
+    tied = model.config.tie_embeddings
+    return {name: v for name, v in model.state_dict().items() if not (name == "lm_head.weight" and tied)}
+
+
+def assign_tensors(model: MambaLM, tensors: Mapping[str, Tensor], origin: object) -> None:
+    """Copy tensors of any real dtype into a model; ModelError (naming `origin`) unless they are exactly its own."""
+    expected = stored_tensors(model)
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    for names, what in ((missing, "is missing"), (unknown, "is none of the model's")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ModelError(f"{origin}: the tensor {names[0]}{more} {what}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            raise ModelError(
+                f"{origin}: the tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; the model's is a real "
+                f"{tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(dict(tensors), strict=False)  # the names are checked above; a tied head is not among them
+
+
+def _checked_config(path: Path, fields: dict[str, object]) -> tuple[str, MambaConfig]:
+    if fields.get("format") != FORMAT:
+        found = fields.get("format")
+        raise ModelError(f"{path}: format {found!r} is not known to this mambagen ({FORMAT}); upgrade mambagen")
+    try:
+        file = ModelFile.model_validate(fields)
+        if file.kind not in KINDS:
+            known = ", ".join(KINDS)
+            raise ModelError(f"{path}: a model of kind {file.kind!r}; this mambagen knows {known}: upgrade mambagen")
+        return file.kind, KINDS[file.kind][0].model_validate(file.model)
+    except ValidationError as error:
+        raise ModelError(f"{path}: {first_fault(error)}; this is no config that this mambagen wrote") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
