@@ -50,3 +50,13 @@ class DivergedError(MambagenError):
     """Training met a loss or gradient that is not finite."""
 
     exit_code = 7
+
+
+class InterruptedRun(MambagenError):
+    """A job that stopped because it was asked to (Ctrl-C, SIGTERM), after saving what it had."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
