@@ -12,10 +12,11 @@ rename last; older checkpoints go only after that. The reader checks every sha25
 """
 
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from mambagen.errors import ModelError
 from mambagen.models.files import Writer, remove_partial_folders, verify_folder, write_folder_atomically
 from mambagen.training.optimizer import optimizer_tensors, restore_optimizer
+
+log = logging.getLogger("mambagen")
 
 FORMAT = 1
 OPTIMIZER, RNG, STATE = "optimizer.safetensors", "rng.safetensors", "state.json"
@@ -93,8 +96,8 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The newest checkpoint that is whole; `warn` hears of each newer one that is not.
+def newest_checkpoint(folder: Path) -> Checkpoint:
+    """The newest checkpoint that is whole; the log is warned of each newer one that is not.
 
     Raises:
         ModelError: there is none.
@@ -104,7 +107,7 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint:
         try:
             return verify_checkpoint(path)
         except ModelError as error:
-            warn(f"warning: {error} -- trying the checkpoint before it")
+            log.warning("%s -- trying the checkpoint before it", error)
     if candidates:
         raise ModelError(f"{folder}: none of the {len(candidates)} checkpoints is whole; begin a new run")
     raise ModelError(f"{folder}: holds no checkpoint to go on from; begin a new run")

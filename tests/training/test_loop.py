@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     assert "at step 10:" in message
     assert "record9 at 401 (+)" in message
     assert message.count("record9") == 1
-    checkpoint = newest_checkpoint(tmp_path / "a" / "checkpoints", pytest.fail)
+    checkpoint = newest_checkpoint(tmp_path / "a" / "checkpoints")
     assert checkpoint.position.step == 9
     assert checkpoint.position.tokens == 9 * ROWS * LENGTH
     run_standin(tmp_path / "b", resume=False, steps=20, save_every="9", keep=9, task=CountingTask())
