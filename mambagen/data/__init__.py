@@ -1,0 +1,1 @@
+"""Readers and data sets: what turns files into batches of numbers."""
