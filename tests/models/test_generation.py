@@ -66,13 +66,13 @@ def test_only_allowed_tokens_are_drawn_and_never_the_padding(model, prompt):
 
 def shares(logits, **options):
     options = {"temperature": 1.0, "top_k": None, "top_p": 1.0} | options
-    tokens = draw(logits.expand(20_000, -1), **options, generator=torch.Generator().manual_seed(0))
-    return torch.bincount(tokens, minlength=logits.shape[-1]) / 20_000
+    tokens = draw(logits.expand(8_000, -1), **options, generator=torch.Generator().manual_seed(0))
+    return torch.bincount(tokens, minlength=logits.shape[-1]) / 8_000
 
 
 def test_top_k_and_top_p_cut_the_tail():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
-    near = {"rtol": 0, "atol": 0.02}
+    near = {"rtol": 0, "atol": 0.03}
     torch.testing.assert_close(shares(logits), logits.exp(), **near)
     torch.testing.assert_close(shares(logits, top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7]), **near)
     torch.testing.assert_close(shares(logits, top_k=99), logits.exp(), **near)

@@ -50,12 +50,15 @@ def test_the_first_loss_is_that_of_a_uniform_guess(tokens):
     assert loss_of(MambaLM(CONFIG, seed=0), tokens).item() == pytest.approx(torch.tensor(16.0).log().item(), abs=0.1)
 
 
-def test_the_residual_stream_is_float32_under_autocast(tokens):
+@pytest.mark.parametrize("low", ["autocast", "cast"])
+def test_the_residual_stream_is_float32_in_low_precision(tokens, low):
     model = MambaLM(CONFIG, seed=0)
+    if low == "cast":
+        model = model.bfloat16()
     seen = []
     for layer in model.backbone.layers:
         layer.register_forward_hook(lambda module, args, out: seen.extend([args[0].dtype, out[0].dtype]))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=low == "autocast"):
         logits, _ = model(tokens)
     assert set(seen) == {torch.float32}
     assert logits.dtype == torch.float32
