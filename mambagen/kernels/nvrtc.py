@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -42,14 +43,15 @@ def why_unavailable() -> str | None:
     return None
 
 
-def compile_cubin(source: str, defines: dict[str, object], architecture: str) -> bytes:
+def compile_cubin(source: str, defines: Mapping[str, object], architecture: str) -> bytes:
     """The cubin of a CUDA C++ source for an architecture such as "sm_90", from the cache where it is there.
 
     Raises RuntimeError with the compiler's log when the source does not compile.
     """
     from cuda.bindings import nvrtc
 
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--use_fast_math", "--device-as-default-execution-space"]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--use_fast_math"]
+    options += ["--device-as-default-execution-space"]
     options += [f"-D{name}={_literal(value)}" for name, value in sorted(defines.items())]
     version = ".".join(str(v) for v in nvrtc.nvrtcVersion()[1:])
     key = hashlib.sha256("\0".join([source, version, *options]).encode()).hexdigest()[:32]
@@ -72,7 +74,8 @@ def compile_cubin(source: str, defines: dict[str, object], architecture: str) ->
     error, size = nvrtc.nvrtcGetCUBINSize(program)
     _check(error)
     cubin = b" " * size
-    _check(nvrtc.nvrtcGetCUBIN(program, cubin)[0])
+    (error,) = nvrtc.nvrtcGetCUBIN(program, cubin)
+    _check(error)
     nvrtc.nvrtcDestroyProgram(program)
     _publish(path, cubin)
     return cubin
@@ -81,7 +84,7 @@ def compile_cubin(source: str, defines: dict[str, object], architecture: str) ->
 class Kernel:
     """One compiled function on one device; call it with a packed parameter struct."""
 
-    def __init__(self, source: str, name: str, defines: dict[str, object], device: int, shared_bytes: int = 0):
+    def __init__(self, source: str, name: str, defines: Mapping[str, object], device: int, shared_bytes: int = 0):
         major, minor = torch.cuda.get_device_capability(device)
         cubin = compile_cubin(source, defines, f"sm_{major}{minor}")
         self._driver = _driver()

@@ -85,8 +85,8 @@ def selective_scan(
     check_shape(op, "z", z, (batch, length, channels), "(like x)")
     for name, tensor in (("B", B), ("C", C)):
         check_shape(op, name, tensor, (batch, length, groups, state), "(batch, length, groups, state)")
-    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
-        check_shape(op, name, tensor, (channels,), "(channels,)")
+    for name, vector in (("D", D), ("dt_bias", dt_bias)):
+        check_shape(op, name, vector, (channels,), "(channels,)")
     check_shape(op, "initial_state", initial_state, (batch, channels, state), "(batch, channels, state)")
     check_shape(op, "resets", resets, (batch, length), "(batch, length)")
     if length == 0 or batch == 0:
@@ -101,17 +101,20 @@ def selective_scan(
         return (y, final) if return_final_state else y
 
     dtype = x.dtype
-    for tensor in (dt, B, C, z):
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    inputs = [None if v is None else _rows(v.to(dtype)) for v in (x, dt, B, C, z)]
-    small = [None if v is None else v.float().contiguous() for v in (A, D, dt_bias, initial_state)]
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (*inputs, *small))
+    for other in (dt, B, C, z):
+        if other is not None:
+            dtype = torch.promote_types(dtype, other.dtype)
+    given_dtype = x.dtype
+    x, dt, B, C = (_rows(v.to(dtype)) for v in (x, dt, B, C))
+    z = None if z is None else _rows(z.to(dtype))
+    A = A.float().contiguous()
+    D, dt_bias, initial_state = (None if v is None else v.float().contiguous() for v in (D, dt_bias, initial_state))
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     y, final, _ = _forward(
-        inputs[0], inputs[1], small[0], inputs[2], inputs[3], small[1], inputs[4], small[2],
-        dt_softplus, small[3], resets, reverse, save, chosen,
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, resets, reverse, save, chosen
     )  # fmt: skip
-    y = y.to(x.dtype)
+    y = y.to(given_dtype)
     return (y, final) if return_final_state else y
 
 

@@ -14,17 +14,19 @@ from torch import Tensor
 from mambagen.kernels.nvrtc import Kernel, why_unavailable
 
 STATE = 16
+WRITES_INTO = True  # backward takes `dz_out`
 WARP_CHANNELS = 16
-MIN_CHUNK = 1024
-WARPS_A_SCHEDULER = 2
-CUT_BELOW = 0.75
+MAX_CHUNK = 1 << 30  # steps inside a chunk are counted in 32 bits
 CHUNK_UNIT = 32  # chunks begin at multiples of every tile size
-# Measured choices (benchmarks.tune finds them): steps between saved states, which is also the backward's tile; lanes' and
-# blocks' shares. The keys are the macros of the .cu files.
+# Measured on an H200. SAVE_EVERY: steps between saved states, which is also the backward's tile. CUT_BELOW: the length
+# is cut into chunks where there are fewer warps than this a scheduler (a chunk has at least MIN_CHUNK steps). The other
+# keys are macros of the .cu files.
 SAVE_EVERY = 8
 FORWARD = {"PER_LANE": 8, "TILE": 16, "STAGES": 3, "WARPS": 1, "MIN_BLOCKS": 1}
 BACKWARD = {"KEEP_DECAY": 1, "WARPS": 4, "RING": 4, "MIN_BLOCKS": 1}
 BOUNDARY = {"TILE": 16, "STAGES": 3, "WARPS": 1}
+CUT_BELOW = {"forward": 0.75, "backward": 1.2}
+MIN_CHUNK = {"forward": 1024, "backward": 512}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -66,7 +68,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
     groups = B.shape[2]
-    x, dt, z = _aligned(x), _aligned(dt), _aligned(z)
+    x, dt, z = _aligned(x), _aligned(dt), None if z is None else _aligned(z)
     B, C, vector = _aligned_rows(B, C)
     resets = _bytes(resets)
     device = x.device
@@ -76,11 +78,12 @@ def forward(
         saved_shape(batch, length, channels, groups, STATE, x) if save else (0,), dtype=torch.float32, device=device
     )
     defines = _defines(x, D, z, dt_bias, dt_softplus, resets, reverse)
-    chunk, chunks = _chunks(batch, length, channels, device)
+    chunk, chunks = _chunks("forward", batch, length, channels, device)
     starts = None
     if chunks > 1:
         starts = _border_states(
-            0, defines, x, dt, None, None, B, vector, A, dt_bias, resets, initial_state, batch, length, channels, groups, chunk, chunks
+            0, defines, x, dt, None, None, B, vector, A, dt_bias, resets, initial_state,
+            batch, length, channels, groups, chunk, chunks,
         )  # fmt: skip
     options = (*defines, *FORWARD.items(), ("BC_VECTOR", vector), ("SAVE_EVERY", SAVE_EVERY if save else 0))
     kernel = _kernel("cuda_forward.cu", "scan_forward", device.index, options)
@@ -109,10 +112,12 @@ def backward(
     resets: Tensor | None,
     reverse: bool,
     saved: Tensor,
+    dz_out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """As the package describes; `dz_out`, rows of any stride, receives dz where it is given."""
     batch, length, channels = x.shape
     groups = B.shape[2]
-    x, dt, z, dy = _aligned(x), _aligned(dt), _aligned(z), _aligned(dy)
+    x, dt, dy, z = _aligned(x), _aligned(dt), _aligned(dy), None if z is None else _aligned(z)
     B, C, vector = _aligned_rows(B, C)
     resets = _bytes(resets)
     device = x.device
@@ -121,13 +126,16 @@ def backward(
         return torch.empty(shape, dtype=dtype, device=device)
 
     dx, ddt = (empty(batch, length, channels, dtype=x.dtype) for _ in range(2))
-    dz = None if z is None else empty(batch, length, channels, dtype=x.dtype)
+    dz = dz_out
+    if z is not None and dz is None:
+        dz = empty(batch, length, channels, dtype=x.dtype)
     defines = _defines(x, D, z, dt_bias, dt_softplus, resets, reverse)
-    chunk, chunks = _chunks(batch, length, channels, device)
+    chunk, chunks = _chunks("backward", batch, length, channels, device)
     ends = None
     if chunks > 1:
         ends = _border_states(
-            1, defines, None, dt, z, dy, C, vector, A, dt_bias, resets, dfinal, batch, length, channels, groups, chunk, chunks
+            1, defines, None, dt, z, dy, C, vector, A, dt_bias, resets, dfinal,
+            batch, length, channels, groups, chunk, chunks,
         )  # fmt: skip
     warps = next(w for w in (8, 4, 2, 1) if w <= BACKWARD["WARPS"] and channels // groups % (WARP_CHANNELS * w) == 0)
     blocks = channels // (WARP_CHANNELS * warps)
@@ -138,7 +146,14 @@ def backward(
     kernel = _kernel("cuda_backward.cu", "scan_backward", device.index, options)
     pointers = [x, dt, z, B, C, dy, A, D, dt_bias, saved, dfinal, ends, resets, dx, ddt, dz, partial, sums, dinitial]
     parameters = struct.pack(
-        "19P12qqiiii", *map(_pointer, pointers), *_strides(x, dt, z, B, C, dy), length, channels, groups, chunk, chunks
+        "19P14qqiiii",
+        *map(_pointer, pointers),
+        *_strides(x, dt, z, B, C, dy, dz),
+        length,
+        channels,
+        groups,
+        chunk,
+        chunks,
     )
     kernel((blocks, batch, chunks), 32 * warps, parameters)
 
@@ -178,12 +193,13 @@ def _border_states(
     return sums
 
 
-def _chunks(batch: int, length: int, channels: int, device: torch.device) -> tuple[int, int]:
-    """How the length is cut: (steps a chunk, chunks). One chunk where batch x channels give every scheduler a warp."""
+def _chunks(sweep: str, batch: int, length: int, channels: int, device: torch.device) -> tuple[int, int]:
+    """How the length is cut: (steps a chunk, chunks); one chunk where batch x channels give every scheduler a warp."""
     schedulers = 4 * _multiprocessors(device.index)
     warps = batch * channels // WARP_CHANNELS
-    wanted = -(-WARPS_A_SCHEDULER * schedulers // warps) if CUT_BELOW * schedulers > warps else 1
-    chunks = max(1, min(wanted, length // MIN_CHUNK))
+    wanted = 2 * schedulers // warps if warps < CUT_BELOW[sweep] * schedulers else 1
+    wanted = max(wanted, length // MAX_CHUNK)
+    chunks = max(1, min(wanted, length // MIN_CHUNK[sweep]))
     chunk = -(-length // chunks)
     chunk = -(-chunk // CHUNK_UNIT) * CHUNK_UNIT
     return chunk, -(-length // chunk)
@@ -227,7 +243,8 @@ def _shared_bytes(name: str, v: dict[str, int], size: int) -> int:
 
 
 def _defines(
-    x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, softplus: bool, resets: Tensor | None, reverse: bool
+    x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    softplus: bool, resets: Tensor | None, reverse: bool,
 ) -> tuple[tuple[str, int], ...]:  # fmt: skip
     return (
         ("DTYPE", _DTYPES[x.dtype]), ("HAS_Z", int(z is not None)), ("HAS_D", int(D is not None)),
@@ -236,10 +253,8 @@ def _defines(
     )  # fmt: skip
 
 
-def _aligned(v: Tensor | None) -> Tensor | None:
+def _aligned(v: Tensor) -> Tensor:
     """The tensor, copied where its rows do not start at multiples of 16 bytes (as the 16-byte copies need)."""
-    if v is None:
-        return None
     size = v.element_size()
     fits = v.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in v.stride()[:-1])
     return v if fits and v.stride(-1) == 1 else v.contiguous()

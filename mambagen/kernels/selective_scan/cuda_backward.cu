@@ -12,7 +12,7 @@ struct Parameters {
   const u8* resets;
   T *dx, *ddt, *dz;
   float *dBC, *sums, *dinitial;
-  i64 x_batch, x_row, dt_batch, dt_row, z_batch, z_row, B_batch, B_row, C_batch, C_row, dy_batch, dy_row;
+  i64 x_batch, x_row, dt_batch, dt_row, z_batch, z_row, B_batch, B_row, C_batch, C_row, dy_batch, dy_row, dz_batch, dz_row;
   i64 length;
   int channels, groups, chunk, chunks;
 };
@@ -203,7 +203,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   const i64 to_step = -2 * way * p.channels;
   T *dx = p.dx + to, *ddt = p.ddt + to;
 #if HAS_Z
-  T* dz = p.dz + to;
+  T* dz = p.dz + batch * p.dz_batch + position(last + (TILE - 2) + b1, p.length) * p.dz_row + first + local;
+  const i64 dz_step = -2 * way * p.dz_row;
 #endif
 
   int slot = 0;
@@ -376,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       const float gate = to_float(st.rows[3][r][local]), m = own.sig[r][local];
       const float grad_z = to_float(st.rows[2][r][local]) * fmaf(skip, xv, y[r0 / 2]) * m * fmaf(gate, 1.f - m, 1.f);
       if (inside) *dz = from_float(grad_z);
-      dz += to_step;
+      dz += dz_step;
 #endif
     }
     __syncwarp();
