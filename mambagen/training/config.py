@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -57,7 +57,7 @@ class TrainConfig(BaseModel):
             return None, float(self.save_every[:-1])
         return int(self.save_every), math.inf
 
-    def with_budget(self) -> "TrainConfig":
+    def with_budget(self) -> Self:
         """The same with the default budget written in where none was given."""
         if self.steps is None and self.minutes is None:
             return self.model_copy(update={"minutes": DEFAULT_MINUTES})

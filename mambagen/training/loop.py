@@ -97,7 +97,8 @@ def train(
         with torch.no_grad(), autocast.context():
             figures = task.evaluate(model, quick)
         model.train()
-        if position.step > begun.step or metrics.evaluated_at != position.step:  # not again for a finished run
+        again = position.step == begun.step and metrics.evaluated_at == position.step  # a finished run, resumed
+        if figures and not again:
             metrics.write({"step": position.step} | {f"valid_{name}": value for name, value in figures.items()})
         return figures
 
@@ -121,7 +122,7 @@ def train(
             rehearse(model, task, batches, config.accumulate, autocast)
         if saved is None:  # so that a run can be gone on with from its first moment, and a full disk shows now
             saved = save(position)
-        evaluations = math.floor(EVALUATIONS * used)  # that were due before
+        evaluations = max(0, math.floor(EVALUATIONS * budget.progress(position.step - 1, position.seconds)))  # so far
         clock_began = time.monotonic() - position.seconds
         step_seconds = 0.0
         log.restart_clock()

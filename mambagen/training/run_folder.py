@@ -30,13 +30,18 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.loss_plot = path / "loss.png"
 
-    @classmethod
-    def create(cls, path: Path | None, job: str) -> "RunFolder":
-        """A new folder at `path`, or runs/JOB-DATE-TIME here; UsageError where a run (or anything) is there already."""
+    @staticmethod
+    def vacant(path: Path | None, job: str) -> Path:
+        """`path`, or runs/JOB-DATE-TIME here; UsageError where a run (or anything) is there already."""
         if path is None:
-            path = _unused(Path("runs") / f"{job}-{datetime.now():%Y%m%d-%H%M%S}")
+            return _unused(Path("runs") / f"{job}-{datetime.now():%Y%m%d-%H%M%S}")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"{path}: exists already; choose another --out, or go on with a run by --resume")
+        return path
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """A new folder at `path`."""
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -81,7 +81,7 @@ def run_standin(folder: Path, resume: bool, **settings: Any) -> Any:
     """Train in `folder`, or go on with what is there."""
     set_threads(1)
     model, checkpoint = SmallModel(), None
-    run = RunFolder.open(folder) if resume else RunFolder.create(folder, "standin")
+    run = RunFolder.open(folder) if resume else RunFolder.create(folder)
     run.config_file.touch()
     if resume:
         checkpoint = newest_checkpoint(run.checkpoints)

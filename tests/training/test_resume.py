@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -61,6 +62,17 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one
 
 def newest(folder: Path) -> int:
     return max((step for step, _ in list_checkpoints(folder / "checkpoints")), default=-1)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 6, 13, 14])
+def test_going_on_from_any_step_leaves_the_same_rows(tmp_path: Path, step: int) -> None:
+    run_standin(tmp_path / "whole", resume=False, steps=14, save_every="1", keep=20)
+    run_standin(tmp_path / "cut", resume=False, steps=14, save_every="1", keep=20)
+    for later, path in list_checkpoints(tmp_path / "cut" / "checkpoints"):
+        if later > step:
+            shutil.rmtree(path)
+    run_standin(tmp_path / "cut", resume=True, steps=14, save_every="1", keep=20)
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -190,6 +202,6 @@ def check_what_is_left(folder: Path, error: ResourceError) -> None:
 
 
 def test_two_processes_do_not_train_in_one_run(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "a", "job")
+    run = RunFolder.create(tmp_path / "a")
     with run.lock(), pytest.raises(ResourceError, match="another process"), RunFolder(tmp_path / "a").lock():
         pass

@@ -1,0 +1,278 @@
+"""Train a Mamba language model on DNA: configure, read, hold out, fit the baselines, train, report.
+
+From Python:
+
+    from mambagen.pipelines.pretrain_dna import PretrainDnaConfig, pretrain_dna
+    result = pretrain_dna(PretrainDnaConfig(data=("genome.fa.gz",), size="7m", minutes=60))
+"""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError, field_validator
+
+from mambagen.data.dna_tokens import DnaTokenizer
+from mambagen.data.genome import Genome, Stretches
+from mambagen.data_manifests import default_splits, load_manifest, manifest_names, resolve_dna
+from mambagen.errors import DivergedError, InterruptedRun, ModelError, UsageError
+from mambagen.models import MAMBA_SIZES, MambaConfig, MambaLM, load_model
+from mambagen.models.files import first_fault
+from mambagen.pipelines.dna_language_model import DnaLanguageTask, ModelCard, fit_baselines
+from mambagen.reports.loss_plot import draw_loss
+from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
+from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
+from mambagen.training.loop import choose_device, set_threads, train
+from mambagen.training.progress import Progress
+from mambagen.training.run_folder import RunFolder, read_metrics
+
+log = logging.getLogger("mambagen")
+
+UNIFORM = math.log(4)
+
+# What a run cannot change when it goes on: it would be another model, or other data in another order.
+FIXED = (
+    *("data", "size", "model", "objective", "context", "batch_tokens", "seed", "reverse_complement"),
+    *("lower_case", "n", "valid_fraction", "valid_records"),
+)
+
+
+class PretrainDnaConfig(TrainConfig):
+    """All settings of `mambagen pretrain-dna`; the keys of its TOML file."""
+
+    data: tuple[str, ...] = Field(("demo",), min_length=1)  # names of data sets, FASTA or GenBank files, "-"
+    size: str = "250k"
+    model: dict[str, Any] = Field(default_factory=dict)  # changes to the size's MambaConfig, such as d_state
+    objective: Literal["ar"] = "ar"  # autoregressive: predict the next base
+    context: int = Field(1024, ge=1)
+    batch_tokens: int = Field(8192, ge=1)
+    reverse_complement: bool = False
+    lower_case: Literal["same", "n"] = "same"
+    n: Literal["ignore", "predict"] = "ignore"
+    valid_fraction: float | None = Field(None, ge=0, lt=1)  # default: the data set's own split, else a tenth
+    valid_records: tuple[str, ...] = ()
+    valid_tokens: int = Field(1 << 20, ge=1)
+
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, size: str) -> str:
+        if size not in MAMBA_SIZES:
+            raise ValueError(f"it must be one of {', '.join(MAMBA_SIZES)}")
+        return size
+
+    def tokenizer(self) -> DnaTokenizer:
+        """The policy for letters."""
+        return DnaTokenizer(lower_case=self.lower_case, n=self.n)
+
+    def mamba(self) -> MambaConfig:
+        """The architecture; UsageError where `model` has what a MambaConfig does not know."""
+        try:
+            return MambaConfig(**MAMBA_SIZES[self.size].model_dump() | self.model)
+        except ValidationError as error:
+            raise UsageError(f"[model] of the configuration: {first_fault(error)}") from error
+
+    def model_name(self) -> str:
+        """For titles and tables."""
+        return f"Mamba {self.size}, changed" if self.model else f"Mamba {self.size}"
+
+    def rows(self) -> int:
+        """Windows a step; UsageError where not even one fits."""
+        if self.batch_tokens < self.context:
+            raise UsageError(
+                f"--batch-tokens {self.batch_tokens} is less than one window of --context {self.context} bases"
+            )
+        return self.batch_tokens // self.context
+
+
+@dataclass(frozen=True)
+class PretrainDnaResult:
+    """What came out; losses are in nats a base on the held-out data, None where nothing is held out."""
+
+    run: Path
+    checkpoint: Path
+    name: str
+    parameters: int
+    loss: float | None
+    targets: int
+    baselines: dict[int, float]  # Markov order -> loss
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    held_out: str
+
+
+def pretrain_dna(
+    config: PretrainDnaConfig, out: Path | None = None, progress: Progress | None = None
+) -> PretrainDnaResult:
+    """Begin a run in the folder `out` (default: runs/pretrain-dna-DATE-TIME), train, and measure it.
+
+    Raises:
+        InputError, UsageError, ResourceError, DivergedError, InterruptedRun: see the exit codes in docs/training.md.
+    """
+    config = resolved(config)
+    place = RunFolder.vacant(out, "pretrain-dna")  # said before the data are read, made after
+    job = prepare(config)
+    run = RunFolder.create(place)
+    with run.lock():
+        run.write_config(config.model_dump())
+        model = MambaLM(config.mamba(), seed=config.seed)
+        return _train_and_report(config, job, run, model, None, progress)
+
+
+def resume_pretrain_dna(
+    folder: Path, options: Mapping[str, Any], config_file: Path | None = None, progress: Progress | None = None
+) -> PretrainDnaResult:
+    """Go on with the run in `folder` from its newest whole checkpoint, bit for bit on a CPU.
+
+    Args:
+        options: settings to change; those that would make it another model or other data are refused.
+
+    Raises:
+        UsageError: such a setting. ModelError: no whole checkpoint, or data or architecture are not the run's.
+    """
+    run = RunFolder.open(folder)
+    given = dict(read_toml(config_file) if config_file else {})
+    given.update(options)
+    before = configure(PretrainDnaConfig, run.config_file, {})
+    changes = validated(PretrainDnaConfig, overlaid(before.model_dump(exclude_none=True), given), options, config_file)
+    config = resolved(changes)
+    for name in FIXED:
+        if getattr(config, name) != getattr(before, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot change when a run goes on: {folder} has {getattr(before, name)!r}, "
+                f"not {getattr(config, name)!r}; leave it out, or begin a new run"
+            )
+    with run.lock():
+        checkpoint = newest_checkpoint(run.checkpoints)
+        model, fields = load_model(checkpoint.path)
+        if MambaConfig(**fields["model"]) != config.mamba():
+            raise ModelError(f"{checkpoint.path}: holds another architecture than {run.config_file} describes")
+        job = prepare(config)
+        for name, value in job.task.identity.items():
+            if checkpoint.identity.get(name) != value:
+                raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
+        run.write_config(config.model_dump())
+        return _train_and_report(config, job, run, model, checkpoint, progress)
+
+
+def resolved(config: PretrainDnaConfig) -> PretrainDnaConfig:
+    """The configuration with nothing left to circumstances: absolute paths, threads, a budget."""
+    names = manifest_names()
+    data = tuple(
+        given if given in names or given == "-" else os.path.abspath(given) if os.path.lexists(given) else given
+        for given in config.data
+    )
+    cores = os.cpu_count() or 1
+    threads = config.threads or torch.get_num_threads()
+    if threads > cores:
+        log.warning("%d threads on %d cores: using %d", threads, cores, cores)
+    choose_device(config.device)  # these say what cannot be, before the data are read
+    config.rows()
+    config.mamba()
+    return config.model_copy(update={"data": data, "threads": min(threads, cores)}).with_budget()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is ready before training: the data divided, and the losses to beat."""
+
+    task: DnaLanguageTask
+    train: Stretches
+    baselines: dict[int, float]
+    held_out: str
+
+
+def prepare(config: PretrainDnaConfig) -> Job:
+    """Read the data, hold a part out, fit the Markov chains on the rest."""
+    set_threads(config.threads or 1)
+    genome = Genome.from_files(resolve_dna(config.data), config.tokenizer())
+    if config.valid_records:
+        train_part, valid_part = genome.hold_out(records=config.valid_records)
+    elif config.valid_fraction is not None:
+        train_part, valid_part = genome.hold_out(config.valid_fraction, seed=config.seed)
+    else:
+        train_part, valid_part = genome.hold_out(0.1, seed=config.seed, intervals=default_splits(config.data))
+    rows = config.rows()
+    identity = {
+        "training data": train_part.fingerprint(),
+        "held-out data": valid_part.fingerprint(),
+        "tokenizer": config.tokenizer().model_dump(mode="json"),
+        "architecture": config.mamba().model_dump(mode="json"),
+        "order of the data": [config.context, rows, config.seed, config.reverse_complement],
+    }
+    task = DnaLanguageTask(
+        train_part,
+        valid_part,
+        config.context,
+        rows,
+        config.seed,
+        config.reverse_complement,
+        config.valid_tokens,
+        identity,
+        _card(config, genome, train_part),
+        rows_at_once=max(1, rows // config.accumulate),
+    )
+    baselines = fit_baselines(train_part, task.held_out, both_strands=config.reverse_complement)
+    pieces = len(valid_part)
+    described = f"{task.held_out.targets:,} bases in {pieces} stretch{'es' if pieces != 1 else ''}"
+    return Job(task, train_part, baselines, described)
+
+
+def _train_and_report(
+    config: PretrainDnaConfig,
+    job: Job,
+    run: RunFolder,
+    model: MambaLM,
+    checkpoint: Checkpoint | None,
+    progress: Progress | None,
+) -> PretrainDnaResult:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    name = config.model_name()
+    lines = {f"order-{order} Markov": loss for order, loss in job.baselines.items()} | {"uniform": UNIFORM}
+    title = f"{name} on {_data_names(config)}, context {config.context:,}"
+    try:
+        result = train(model, job.task, config, run, checkpoint, progress)
+    except (InterruptedRun, DivergedError):
+        draw_loss(run.loss_plot, read_metrics(run.metrics_file), lines, title)
+        raise
+    draw_loss(run.loss_plot, read_metrics(run.metrics_file), lines, title)
+    return PretrainDnaResult(
+        run=run.path,
+        checkpoint=result.checkpoint,
+        name=name,
+        parameters=parameters,
+        loss=result.held_out.get("loss"),
+        targets=int(result.held_out.get("targets", 0)),
+        baselines=job.baselines,
+        steps=result.position.step,
+        tokens=result.position.tokens,
+        seconds=result.position.seconds,
+        tokens_per_second=result.tokens_per_second,
+        held_out=job.held_out,
+    )
+
+
+def _data_names(config: PretrainDnaConfig) -> str:
+    names = [Path(given).name if given != "-" else "stdin" for given in config.data]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _card(config: PretrainDnaConfig, genome: Genome, train_part: Stretches) -> ModelCard:
+    data = [f"{_data_names(config)}: {train_part.bases:,} of {genome.bases:,} bases in {len(genome.records)} records."]
+    for given in config.data:
+        if given in manifest_names():
+            manifest = load_manifest(given)
+            data.append(f"{manifest.title}. {manifest.provenance}. Licence: {manifest.licence}.")
+    recipe = (
+        f"`mambagen pretrain-dna`: next base, context {config.context}, {config.rows() * config.context:,} tokens a "
+        f"step, AdamW with peak learning rate {config.lr:g}, warmup {config.warmup:g} of the budget, cosine to zero, "
+        f"weight decay {config.weight_decay:g}, gradient clipped at {config.clip:g}, seed {config.seed}. All settings "
+        f"are in the run's config.toml."
+    )
+    return ModelCard(f"{config.model_name()} on {_data_names(config)}", "\n\n".join(data), recipe)
