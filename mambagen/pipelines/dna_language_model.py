@@ -19,6 +19,7 @@ from mambagen.models.saving import model_card, model_writers
 from mambagen.training.batches import Batch
 
 QUICK_TOKENS = 1 << 16  # of held-out data, for an evaluation in the course of training
+UNGRADED_TOKENS = 1 << 14  # go through the model at once in an evaluation, even where a step's piece is smaller
 BASELINE_ORDERS = (0, 3, 8)
 
 
@@ -53,7 +54,7 @@ class DnaLanguageTask:
         self.tokenizer = train.tokenizer
         self.identity = dict(identity)
         self.card = card
-        at_once = rows_at_once or rows
+        at_once = max(rows_at_once or rows, UNGRADED_TOKENS // context)
         self.held_out = _windows(valid, context, at_once, valid_tokens)
         self.held_out_quick = _windows(valid, context, at_once, min(valid_tokens, QUICK_TOKENS))
         self.last_evaluation: dict[str, float] = {}

@@ -1,7 +1,6 @@
 """A run that is killed, stopped or damaged goes on as if nothing had happened, bit for bit (on a CPU)."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import pytest
 from mambagen.errors import InterruptedRun, ModelError, ResourceError
 from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
 from mambagen.training.run_folder import RunFolder, read_metrics
+from tests.forks import fork
 from tests.training.standin import CountingTask, run_standin
 
 
@@ -24,21 +24,16 @@ def figures(folder: Path) -> list[tuple[object, ...]]:
     return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("lr"), r.get("valid_loss")) for r in rows]
 
 
-def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # where the server of forks finds this package
-    processes = multiprocessing.get_context("forkserver")  # imports torch once
-    processes.set_forkserver_preload(["tests.training.standin"])
+def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     steps, seed = 120, random.SystemRandom().randrange(10**6)
     random_moment = random.Random(seed)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     kills = 0
-    uninterrupted = processes.Process(target=run_standin, args=(whole, False), kwargs={"steps": steps})
+    uninterrupted = fork(run_standin, whole, False, steps=steps)
     uninterrupted.start()
     uninterrupted.join(60)
     while True:
-        process = processes.Process(target=run_standin, args=(killed, kills > 0), kwargs={"steps": steps})
+        process = fork(run_standin, killed, kills > 0, steps=steps)
         newest_before = newest(killed)
         process.start()
         while process.is_alive() and kills < 3:  # once it has saved something, kill within a part of a second
