@@ -5,6 +5,7 @@ and the other IUPAC codes is a stated policy, kept in the checkpoint beside the 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -62,20 +63,14 @@ class DnaTokenizer(BaseModel):
 
     def table(self) -> NDArray[np.uint8]:
         """The (256,) table from byte to id; bytes that are no DNA letter become UNK."""
-        table = np.full(256, UNK, dtype=np.uint8)
-        table[list(IUPAC_CODES)] = N
-        for letters, id_ in ((b"Aa", A), (b"Cc", C), (b"Gg", G), (b"TtUu", T)):
-            table[list(letters)] = id_
-        if self.lower_case == "n":
-            table[list(b"acgtu")] = N
-        return table
+        return np.frombuffer(_table(self.lower_case), dtype=np.uint8)
 
     def encode(self, sequence: bytes | bytearray | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Ids, (length,) uint8, of a sequence given as bytes or as a (length,) array of bytes."""
         letters = np.frombuffer(sequence, dtype=np.uint8) if isinstance(sequence, bytes | bytearray) else sequence
         if letters.dtype != np.uint8 or letters.ndim != 1:
             raise ValueError(f"expected one dimension of uint8, got {letters.ndim} of {letters.dtype}")
-        table = self.table().tobytes()
+        table = _table(self.lower_case)
         ids = np.empty(letters.shape, dtype=np.uint8)
         # bytes.translate is ten times faster than numpy's take, which widens every index to 64 bits first; blocks that
         # fit the cache keep its two copies cheap.
@@ -102,6 +97,17 @@ class DnaTokenizer(BaseModel):
         if self.n == "ignore":
             targets[ids == N] = IGNORED
         return targets
+
+
+@cache
+def _table(lower_case: str) -> bytes:
+    table = np.full(256, UNK, dtype=np.uint8)
+    table[list(IUPAC_CODES)] = N
+    for letters, id_ in ((b"Aa", A), (b"Cc", C), (b"Gg", G), (b"TtUu", T)):
+        table[list(letters)] = id_
+    if lower_case == "n":
+        table[list(b"acgtu")] = N
+    return table.tobytes()
 
 
 def reverse_complement(ids: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -20,6 +20,8 @@ from mambagen.errors import InputError, UsageError
 
 log = logging.getLogger("mambagen")
 
+_PIECE = 1 << 22
+
 Span = tuple[int, int]  # [start, end), 0-based
 
 
@@ -241,17 +243,24 @@ def subtract(spans: Sequence[Span], holes: Sequence[Span]) -> list[Span]:
 
 def runs_of(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Starts and ends of the runs of True in a (length,) mask."""
-    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    # By pieces: a temporary as long as a chromosome costs more in fresh memory than in work.
+    edges = np.concatenate(
+        [np.empty(0, dtype=np.int64)]
+        + [
+            at + 1 + np.flatnonzero(mask[at + 1 : at + _PIECE + 1] != mask[at : at + _PIECE][: len(mask) - at - 1])
+            for at in range(0, len(mask), _PIECE)
+        ]
+    )
     if len(mask) and mask[0]:
         edges = np.concatenate(([0], edges))
     if len(mask) and mask[-1]:
         edges = np.concatenate((edges, [len(mask)]))
-    return edges[0::2].astype(np.int64), edges[1::2].astype(np.int64)
+    return edges[0::2], edges[1::2]
 
 
 def _draw(seed: int, name: str) -> int:
     """A random 64-bit number of a seed and a record's name: files given in another order change nothing."""
-    return int(np.random.Philox(key=[seed, zlib.crc32(name.encode())]).random_raw())
+    return int.from_bytes(hashlib.blake2b(f"{seed}\t{name}".encode(), digest_size=8).digest(), "little")
 
 
 def _stretch(record: EncodedRecord, fraction: float, seed: int) -> Span | None:

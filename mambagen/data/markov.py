@@ -14,7 +14,6 @@ do, or an N lies among them, the longest run of bases directly in front is the c
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from math import exp
 
 import numpy as np
@@ -47,12 +46,10 @@ class MarkovModel:
         """Count contexts in the training part; returns the model itself. Raises InputError where there is no base."""
         layout = self._layout = _Layout(self.order, stretches.tokenizer)
         rest, tenth = _Counter(layout), _Counter(layout)
-        for tokens in stretches.tokens():
-            cuts = _cuts(len(tokens))
-            _count_in_turn(layout.symbols(tokens), cuts, rest, tenth)
-            if self.both_strands:
-                other = layout.symbols(reverse_complement(tokens))
-                _count_in_turn(other, [len(tokens) - cut for cut in reversed(cuts)], rest, tenth)
+        for symbols, shares in _pieces(layout, _with_shares(stretches, self.both_strands)):
+            slots = layout.slots(symbols, self.order)
+            rest.add(slots[shares == _REST])
+            tenth.add(slots[shares == _TUNING])
         fitted, tuning = layout.by_order(rest.counts()), layout.by_order(tenth.counts())
         if not fitted[0].any():
             raise InputError("the training part holds no known base; there is nothing to fit a Markov chain on")
@@ -74,9 +71,10 @@ class MarkovModel:
         if not 0 <= order <= self.order:
             raise UsageError(f"this Markov chain holds orders 0 to {self.order}, not {order}")
         total, count = 0.0, 0
-        pieces = _stretch_pieces(self._layout, data) if isinstance(data, Stretches) else _rows(self._layout, data)
-        for symbols, keep in pieces:
-            slots = self._layout.slots(symbols, order)[keep]
+        layout = self._layout
+        pieces = _pieces(layout, _but_the_first(data)) if isinstance(data, Stretches) else _rows(layout, data)
+        for symbols, shares in pieces:
+            slots = layout.slots(symbols, order)[shares != _NONE]
             total += float(self._nats[slots].sum())
             count += len(slots)
         return total, count
@@ -145,66 +143,87 @@ class _Layout:
 
 
 class _Counter:
-    """Counts slots, many stretches at a time: a pass over the whole table for each small contig would cost the most."""
+    """Counts slots, many at a time: a pass over the whole table for each small contig would cost the most."""
 
     def __init__(self, layout: _Layout) -> None:
-        self._layout = layout
+        self._size = layout.size
         self._counts = np.zeros(layout.size, dtype=np.int64)
         self._pending: list[NDArray[np.integer]] = []
         self._waiting = 0
-        self._enough = max(_CHUNK, layout.size)
 
-    def add(self, symbols: NDArray[np.uint8], start: int, stop: int) -> None:
-        """Take in positions start to stop - 1 of a (length,) sequence."""
-        for look, first, end in _chunks(self._layout.order, start, stop):
-            slots = self._layout.slots(symbols[None, look:end], self._layout.order)[0, first - look :]
-            self._pending.append(slots[symbols[first:end] < self._layout.q])
-            self._waiting += len(self._pending[-1])
-            if self._waiting >= self._enough:
-                self.counts()
+    def add(self, slots: NDArray[np.integer]) -> None:
+        """Take in the slots of some positions."""
+        self._pending.append(slots)
+        self._waiting += len(slots)
+        if self._waiting >= max(_CHUNK, self._size):
+            self.counts()
 
     def counts(self) -> NDArray[np.int64]:
         """(slots,) how often each occurred."""
         if self._pending:
-            self._counts += np.bincount(np.concatenate(self._pending), minlength=self._layout.size)
+            self._counts += np.bincount(np.concatenate(self._pending), minlength=self._size)
             self._pending, self._waiting = [], 0
         return self._counts
 
 
-def _cuts(length: int) -> list[int]:
-    """Where ten pieces for tuning, a tenth in all, begin and end: spread, so that no single repeat decides."""
-    inner = [length * (20 * piece + at) // 200 for piece in range(10) for at in (9, 11)]
-    return [0, *inner, length]
+# What a position counts for: an array of these goes beside each array of tokens.
+_NONE, _REST, _TUNING = 0, 1, 2
+_Shared = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
-def _count_in_turn(symbols: NDArray[np.uint8], cuts: list[int], rest: _Counter, tenth: _Counter) -> None:
-    """Count what lies between the cuts by turns in the one and the other."""
-    for i, (start, stop) in enumerate(pairwise(cuts)):
-        (tenth if i % 2 else rest).add(symbols, start, stop)
-
-
-def _chunks(order: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(first base to look at, first position to use, end) of pieces of a long sequence, contexts included."""
-    for first in range(start, stop, _CHUNK):
-        yield max(0, first - order), first, min(first + _CHUNK, stop)
-
-
-def _stretch_pieces(layout: _Layout, stretches: Stretches) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+def _with_shares(stretches: Stretches, both_strands: bool) -> Iterator[_Shared]:
+    """The stretches, a tenth of each set aside for tuning in ten pieces, so that no single repeat decides."""
     for tokens in stretches.tokens():
-        symbols = layout.symbols(tokens)[None]
-        for look, first, end in _chunks(layout.order, 1, len(tokens)):
-            keep = symbols[:, look:end] < layout.q
-            keep[:, : first - look] = False
-            yield symbols[:, look:end], keep
+        shares = np.full(len(tokens), _REST, dtype=np.uint8)
+        for piece in range(10):
+            shares[len(tokens) * (20 * piece + 9) // 200 : len(tokens) * (20 * piece + 11) // 200] = _TUNING
+        yield tokens, shares
+        if both_strands:
+            yield reverse_complement(tokens), shares[::-1]
 
 
-def _rows(layout: _Layout, windows: Iterable[WindowBatch]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+def _but_the_first(stretches: Stretches) -> Iterator[_Shared]:
+    """The stretches, all bases counted but the first of each, which nothing stands before."""
+    for tokens in stretches.tokens():
+        shares = np.full(len(tokens), _REST, dtype=np.uint8)
+        shares[:1] = _NONE
+        yield tokens, shares
+
+
+def _pieces(layout: _Layout, sequences: Iterable[_Shared]) -> Iterator[_Shared]:
+    """(1, length) symbols and what they count for, in pieces of about a chunk.
+
+    Short sequences are joined, with a symbol that is no letter between them, so that no context crosses; long ones are
+    cut, each piece beginning with the letters before it that its first contexts need.
+    """
+    symbols_of: list[NDArray[np.uint8]] = []
+    shares_of: list[NDArray[np.uint8]] = []
+    waiting = 0
+    between = np.array([layout.q], dtype=np.uint8), np.array([_NONE], dtype=np.uint8)
+    for tokens, shares in sequences:
+        symbols = layout.symbols(tokens)
+        shares = np.where(symbols < layout.q, shares, np.uint8(_NONE))
+        for first in range(0, len(tokens), _CHUNK):
+            look = max(0, first - layout.order)
+            end = min(first + _CHUNK, len(tokens))
+            symbols_of += [symbols[look:end], between[0]]
+            shares_of += [np.zeros(first - look, dtype=np.uint8), shares[first:end], between[1]]
+            waiting += end - look
+            if waiting >= _CHUNK:
+                yield np.concatenate(symbols_of)[None], np.concatenate(shares_of)[None]
+                symbols_of, shares_of, waiting = [], [], 0
+    if symbols_of:
+        yield np.concatenate(symbols_of)[None], np.concatenate(shares_of)[None]
+
+
+def _rows(layout: _Layout, windows: Iterable[WindowBatch]) -> Iterator[_Shared]:
+    """(batch, context + 1) symbols of windows: the targets count, and no context reaches beyond a row."""
     for batch in windows:
         last = batch.targets[:, -1:]
         tokens = np.concatenate((batch.inputs, np.where(last < 0, 0, last).astype(np.uint8)), axis=1)
-        keep = np.zeros(tokens.shape, dtype=bool)
-        keep[:, 1:] = batch.targets >= 0
-        yield layout.symbols(tokens), keep
+        shares = np.zeros(tokens.shape, dtype=np.uint8)
+        shares[:, 1:][batch.targets >= 0] = _REST
+        yield layout.symbols(tokens), shares
 
 
 def _chances(counts: list[NDArray[np.int64]], strengths: list[float]) -> list[NDArray[np.float64]]:

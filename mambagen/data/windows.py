@@ -164,7 +164,9 @@ def _valid_starts(stretches: Stretches, context: int) -> tuple[NDArray[np.int64]
         if stop <= start:
             continue
         begin = start
-        for gap_start, gap_end in zip(*runs_of(tokens == N), strict=True):
+        unknown = tokens == N
+        gaps = zip(*runs_of(unknown), strict=True) if np.count_nonzero(unknown) >= context else ()
+        for gap_start, gap_end in gaps:
             if gap_end - gap_start < context:
                 continue
             # All targets of a window fall into the gap for starts from gap_start - 1 to gap_end - 1 - context.

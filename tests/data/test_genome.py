@@ -200,6 +200,7 @@ def test_the_hold_out_is_the_same_in_another_process() -> None:
         " print(*g.hold_out(seed=7)[1].spans[0], g.hold_out(seed=7)[0].fingerprint())"
     )
     here = a_genome(random_dna(50_000)).hold_out(seed=7)
+    assert list(here[1]) == [(0, 2_900, 7_900)]  # golden: another place would break every resumed run
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "99"}
     )
