@@ -17,19 +17,15 @@ import triton
 import triton.language as tl
 
 from mambagen.kernels.selective_scan.triton_steps import (
-    LN2,
-    LOG2E,
     SIZES,
     decay,
     exponent_of,
     load_cuts,
-    load_rows,
     located,
-    logistic,
-    oriented,
     softplus_slope,
     step_size,
 )
+from mambagen.kernels.triton_rows import LN2, LOG2E, load_rows, logistic, oriented, silu
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -97,12 +93,11 @@ def adjoint_ends_kernel(
         Cs = load_rows(C, C_time, start, end, n, has_n, ROWS)
         if z is not None:
             zs = load_rows(z, z_time, start, end, c, has_c, ROWS)
-        cuts = load_cuts(resets, start, end, length, REVERSE, ROWS)
+        cuts = load_cuts(resets, start, length, REVERSE, ROWS)
         for k in tl.static_range(ROWS - 1, -1, -1):
             g = dys[k].to(tl.float32)
             if z is not None:
-                zk = zs[k].to(tl.float32)
-                g *= zk * logistic(zk)
+                g *= silu(zs[k].to(tl.float32))
             d = step_size(dts[k], bias, start + k < end, SOFTPLUS)
             w = decay(d, a2, cuts[k]) * (g[None, :] * Cs[k].to(tl.float32)[:, None] + w)
             step_sum += d
@@ -245,7 +240,7 @@ def backward_kernel(
             xs_next = load_rows(x, x_time, start + ROWS, end, c, has_c, ROWS)
             dts_next = load_rows(dt, dt_time, start + ROWS, end, c, has_c, ROWS)
             Bs_next = load_rows(B, B_time, start + ROWS, end, n, has_n, ROWS)
-            cuts = load_cuts(resets, start, end, length, REVERSE, ROWS)
+            cuts = load_cuts(resets, start, length, REVERSE, ROWS)
             for k in tl.static_range(ROWS):
                 d = step_size(dts[k], bias, start + k < end, SOFTPLUS)
                 u = d * xs[k].to(tl.float32)
@@ -265,7 +260,7 @@ def backward_kernel(
                 x, dt, B, dy, C, z, x_time, dt_time, B_time, dy_time, C_time, z_time,
                 tl.maximum(start - ROWS, 0), end, c, has_c, n, has_n, ROWS,
             )  # fmt: skip
-            cuts = load_cuts(resets, start, end, length, REVERSE, ROWS)
+            cuts = load_cuts(resets, start, length, REVERSE, ROWS)
             past = ()
             for k in tl.static_range(ROWS):
                 d = step_size(dts[k], bias, start + k < end, SOFTPLUS)

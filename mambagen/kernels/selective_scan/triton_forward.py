@@ -12,17 +12,8 @@ One segment a sequence needs `scan` alone.
 import triton
 import triton.language as tl
 
-from mambagen.kernels.selective_scan.triton_steps import (
-    LOG2E,
-    SIZES,
-    decay,
-    load_cuts,
-    load_rows,
-    located,
-    logistic,
-    oriented,
-    step_size,
-)
+from mambagen.kernels.selective_scan.triton_steps import SIZES, decay, load_cuts, located, step_size
+from mambagen.kernels.triton_rows import LOG2E, load_rows, oriented, silu
 
 
 @triton.jit
@@ -122,7 +113,7 @@ def scan_kernel(
         xs_next, dts_next, Bs_next, Cs_next, zs_next = scan_rows(
             x, dt, B, C, z, x_time, dt_time, B_time, C_time, z_time, start + ROWS, end, c, has_c, n, has_n, ROWS
         )
-        cuts = load_cuts(resets, start, end, length, REVERSE, ROWS)
+        cuts = load_cuts(resets, start, length, REVERSE, ROWS)
         for k in tl.static_range(ROWS):
             step = start + k
             xk = xs[k].to(tl.float32)
@@ -130,8 +121,7 @@ def scan_kernel(
             h = decay(d, a2, cuts[k]) * h + (d * xk)[None, :] * Bs[k].to(tl.float32)[:, None]
             out = tl.sum(h * Cs[k].to(tl.float32)[:, None], 0) + skip * xk
             if z is not None:
-                zk = zs[k].to(tl.float32)
-                out *= zk * logistic(zk)
+                out *= silu(zs[k].to(tl.float32))
             row = y + tl.cast(step, tl.int64) * y_time
             tl.store(row + c, out.to(y.dtype.element_ty), mask=has_c & (step < end))
         xs, dts, Bs, Cs, zs = xs_next, dts_next, Bs_next, Cs_next, zs_next
@@ -196,7 +186,7 @@ def segment_ends_kernel(
         xs = load_rows(x, x_time, start, end, c, has_c, ROWS)
         dts = load_rows(dt, dt_time, start, end, c, has_c, ROWS)
         Bs = load_rows(B, B_time, start, end, n, has_n, ROWS)
-        cuts = load_cuts(resets, start, end, length, REVERSE, ROWS)
+        cuts = load_cuts(resets, start, length, REVERSE, ROWS)
         for k in tl.static_range(ROWS):
             d = step_size(dts[k], bias, start + k < end, SOFTPLUS)
             u = d * xs[k].to(tl.float32)

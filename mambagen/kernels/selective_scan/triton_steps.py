@@ -1,7 +1,6 @@
-"""What the Triton kernels of the selective scan share: where a program works, rows of its tile, step sizes, decays.
+"""What the Triton kernels of the selective scan share: where a program works, step sizes, decays.
 
-A program owns one tile of channels, all states, and one segment of the sequence. Steps are counted in the order in
-which they run: step s is position s, or length - 1 - s in reverse, which `oriented` turns into a base and a stride.
+A program owns one tile of channels, all states, and one segment of the sequence.
 """
 
 # mypy: ignore-errors
@@ -9,8 +8,7 @@ which they run: step s is position s, or length - 1 - s in reverse, which `orien
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from mambagen.kernels.triton_rows import LOG2E, begins, divided
 
 # Kernel arguments that only count: they differ from call to call and gain nothing from a kernel of their own.
 SIZES = ["length", "segment_length", "segments", "channels", "tiles", "group_tiles", "group_channels"]
@@ -29,42 +27,15 @@ def located(tiles, group_tiles, group_channels, segments, TILE: tl.constexpr):
 
 
 @triton.jit
-def oriented(base, stride, length, REVERSE: tl.constexpr):
-    """Base and stride such that step s lies at base + s * stride."""
-    if REVERSE:
-        first = base + tl.cast(length - 1, tl.int64) * stride
-        step = -stride
-    else:
-        first = base
-        step = stride
-    return first, step
-
-
-@triton.jit
-def load_rows(base, stride, start, end, offsets, mask, ROWS: tl.constexpr):
-    """Steps start to start + ROWS - 1 as a tuple of rows; zeros from `end` on."""
-    rows = ()
-    for k in tl.static_range(ROWS):
-        step = start + k
-        row = base + tl.cast(step, tl.int64) * stride
-        rows += (tl.load(row + offsets, mask=mask & (step < end), other=0.0),)
-    return rows
-
-
-@triton.jit
-def load_cuts(resets, start, end, length, REVERSE: tl.constexpr, ROWS: tl.constexpr):
+def load_cuts(resets, start, length, REVERSE: tl.constexpr, ROWS: tl.constexpr):
     """What to add to each step's log2 decay: minus infinity where a document begins, otherwise zero."""
     cuts = ()
     for k in tl.static_range(ROWS):
         if resets is None:
             cuts += (0.0,)
         else:
-            step = start + k
-            if REVERSE:  # the step before this one is position length - step; it begins a document of its own
-                begins = tl.load(resets + (length - step), mask=(step > 0) & (step < end), other=0)
-            else:
-                begins = tl.load(resets + step, mask=step < end, other=0)
-            cuts += (tl.where(begins != 0, float("-inf"), 0.0),)
+            cut = begins(resets, start + k, length, REVERSE)
+            cuts += (tl.where(cut, float("-inf"), 0.0),)
     return cuts
 
 
@@ -77,7 +48,7 @@ def exponent_of(v):
 @triton.jit
 def softplus(v, e):
     """log(1 + exp(v)) from e = exp(-|v|): max(v, 0) + 2 atanh(e / (2 + e)), which keeps its digits where small."""
-    s = e / (2.0 + e)
+    s = divided(e, 2.0 + e)
     q = s * s
     series = 1.0 + q * (0.33333333 + q * (0.2 + q * (0.14285714 + q * (0.11111111 + q * 0.1))))
     return tl.maximum(v, 0.0) + 2.0 * s * series
@@ -86,12 +57,7 @@ def softplus(v, e):
 @triton.jit
 def softplus_slope(v, e):
     """The logistic function of v from e = exp(-|v|)."""
-    return tl.where(v > 0.0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def logistic(v):
-    return 1.0 / (1.0 + tl.exp2(v * -LOG2E))
+    return divided(tl.where(v > 0.0, 1.0, e), 1.0 + e)
 
 
 @triton.jit
