@@ -47,16 +47,23 @@ __device__ __forceinline__ T from_float(float v) {
   u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r;
 #endif
 }
-// Two neighbours, from an address that both lie in one aligned word (8 bytes for float, 4 for 16-bit elements).
-__device__ __forceinline__ float2 load_pair(const T* p) {
+// Two neighbours from an address that both lie in one aligned word (8 bytes for float, 4 for 16-bit elements). Loading
+// and widening are apart, so that loads can be under way together: a conversion at once would wait for each.
 #if DTYPE == 0
-  return *(const float2*)p;
-#elif DTYPE == 1
-  u32 v = *(const u32*)p; return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+typedef float2 Pair;
 #else
-  u32 v = *(const u32*)p; return make_float2(to_float((u16)v), to_float((u16)(v >> 16)));
+typedef u32 Pair;
+#endif
+__device__ __forceinline__ float2 widen(Pair v) {
+#if DTYPE == 0
+  return v;
+#elif DTYPE == 1
+  return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+#else
+  return make_float2(to_float((u16)v), to_float((u16)(v >> 16)));
 #endif
 }
+__device__ __forceinline__ float2 load_pair(const T* p) { return widen(*(const Pair*)p); }
 __device__ __forceinline__ void store_pair(T* p, float a, float b) {
 #if DTYPE == 0
   *(float2*)p = make_float2(a, b);

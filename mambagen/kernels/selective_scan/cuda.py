@@ -22,8 +22,8 @@ CHUNK_UNIT = 32  # chunks begin at multiples of every tile size
 # is cut into chunks where there are fewer warps than this a scheduler (a chunk has at least MIN_CHUNK steps). The other
 # keys are macros of the .cu files.
 SAVE_EVERY = 8
-FORWARD = {"PER_LANE": 8, "TILE": 16, "STAGES": 3, "WARPS": 1, "MIN_BLOCKS": 1}
-BACKWARD = {"KEEP_DECAY": 1, "WARPS": 4, "RING": 4, "MIN_BLOCKS": 1}
+FORWARD = {"PER_LANE": 8, "TILE": 16, "STAGES": 2, "WARPS": 1, "MIN_BLOCKS": 1}
+BACKWARD = {"WARPS": 4, "RING": 4, "MIN_BLOCKS": 1}
 BOUNDARY = {"TILE": 16, "STAGES": 3, "WARPS": 1}
 CUT_BELOW = {"forward": 0.75, "backward": 1.2}
 MIN_CHUNK = {"forward": 1024, "backward": 512}

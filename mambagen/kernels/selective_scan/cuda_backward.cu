@@ -51,7 +51,7 @@ struct Server {
   i64 B_row, C_row, begin, end, length;
   float* dBC;
   int warp, lane;
-  float2 next[(ROWS + 1) / 2];
+  Pair next[(ROWS + 1) / 2];
 
   // Lanes 0-7 of a half warp hold B's pairs of states, 8-15 C's; a warp handles two rows at once.
   __device__ __forceinline__ void fetch(int k) {
@@ -62,10 +62,10 @@ struct Server {
     for (int j = 0; j < (ROWS + 1) / 2; j++) {
       int row = 2 * j + (lane >> 4);
       i64 s = s0 + row * WARPS + warp;
-      next[j] = make_float2(0.f, 0.f);
+      next[j] = Pair();
       if (row < ROWS && s < end) {
         i64 t = position(s, length);
-        next[j] = load_pair(is_C ? C + t * C_row + n : B + t * B_row + n);
+        next[j] = *(const Pair*)(is_C ? C + t * C_row + n : B + t * B_row + n);
       }
     }
   }
@@ -75,10 +75,11 @@ struct Server {
     for (int j = 0; j < (ROWS + 1) / 2; j++) {
       int row = 2 * j + (lane >> 4);
       if (row < ROWS) {
+        const float2 v = widen(next[j]);
 #pragma unroll
         for (int order = 0; order < 4; order++) {
           int at = (n & ~3) | ((n & 2) ^ (order & 2));
-          *(float2*)&BC[row * WARPS + warp][which][order][at] = order & 1 ? make_float2(next[j].y, next[j].x) : next[j];
+          *(float2*)&BC[row * WARPS + warp][which][order][at] = order & 1 ? make_float2(v.y, v.x) : v;
         }
       }
     }
@@ -96,8 +97,8 @@ struct Server {
   }
 };
 
-// The sum over the four lanes that share two channels, for two steps at once: lane (b0, b1) of the four ends with the
-// value of channel b0 at step b1.
+// The sum over the four lanes that share two channels, for two steps at once: v is [step][slot], and lane (b0, b1) of the
+// four ends with the value of channel b0 at step b1.
 __device__ __forceinline__ float gather(const float (&v)[2][2], bool b0, bool b1) {
   float s0 = (b0 ? v[0][1] : v[0][0]) + __shfl_xor_sync(FULL, b0 ? v[0][0] : v[0][1], 1);
   float s1 = (b0 ? v[1][1] : v[1][0]) + __shfl_xor_sync(FULL, b0 ? v[1][0] : v[1][1], 1);
@@ -236,24 +237,42 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       cut = __ballot_sync(FULL, lane < TILE && s < end && at < p.length && p.resets[batch * p.length + at]);
     }
 #endif
-#pragma unroll
-    for (int r0 = 0; r0 < TILE; r0 += 4) {
-      int r = r0 + pair_row;
-      float2 d = load_pair(&st.rows[1][r][pair]), v = load_pair(&st.rows[0][r][pair]), u = load_pair(&st.rows[2][r][pair]);
-      d.x += bias0, d.y += bias1;
-#if SOFTPLUS
-      d.x = softplus(d.x), d.y = softplus(d.y);
-#endif
-      if (r >= left) d.x = d.y = 0.f;
+    {  // all loads first: the compiler may not move them over the stores
+      constexpr int passes = TILE / 4;
+      Pair raw[TENSORS][passes];
+      float2 d[passes], v[passes], u[passes];
 #if HAS_Z
-      float2 gate = load_pair(&st.rows[3][r][pair]);
-      float m0 = sigmoid(gate.x), m1 = sigmoid(gate.y);
-      *(float2*)&own.sig[r][pair] = make_float2(m0, m1);
-      u.x *= gate.x * m0, u.y *= gate.y * m1;
+      float2 sig[passes];
 #endif
-      *(float2*)&own.dt[r][pair] = d;
-      *(float2*)&own.dtx[r][pair] = make_float2(d.x * v.x, d.y * v.y);
-      *(float2*)&own.dy[r][pair] = u;
+#pragma unroll
+      for (int j = 0; j < TENSORS; j++)
+#pragma unroll
+        for (int k2 = 0; k2 < passes; k2++) raw[j][k2] = *(const Pair*)&st.rows[j][k2 * 4 + pair_row][pair];
+#pragma unroll
+      for (int k2 = 0; k2 < passes; k2++) {
+        v[k2] = widen(raw[0][k2]), d[k2] = widen(raw[1][k2]), u[k2] = widen(raw[2][k2]);
+        d[k2].x += bias0, d[k2].y += bias1;
+#if SOFTPLUS
+        d[k2].x = softplus(d[k2].x), d[k2].y = softplus(d[k2].y);
+#endif
+        if (k2 * 4 + pair_row >= left) d[k2].x = d[k2].y = 0.f;
+#if HAS_Z
+        float2 gate = widen(raw[3][k2]);
+        sig[k2] = make_float2(sigmoid(gate.x), sigmoid(gate.y));
+        u[k2].x *= gate.x * sig[k2].x, u[k2].y *= gate.y * sig[k2].y;
+#endif
+      }
+#pragma unroll
+      for (int k2 = 0; k2 < passes; k2++) {
+        const int r = k2 * 4 + pair_row;
+#if HAS_Z
+        *(float2*)&own.sig[r][pair] = sig[k2];
+#endif
+        const float2 dx = make_float2(d[k2].x * v[k2].x, d[k2].y * v[k2].y);
+        *(float2*)&own.dt[r][pair] = d[k2];
+        *(float2*)&own.dtx[r][pair] = dx;
+        *(float2*)&own.dy[r][pair] = u[k2];
+      }
     }
     float start[4][2];
 #pragma unroll
@@ -264,11 +283,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     barrier_wait(&sh.ready[slot], it / RING & 1);
     __syncwarp();
 
-    // Forward over the tile: h (and the decays) stay in registers.
+    // Forward over the tile: h stays in registers.
     float h[TILE][4][2];
-#if KEEP_DECAY
-    float decay[TILE][4][2];
-#endif
 #if HAS_Z
     float y[TILE / 2];
 #endif
@@ -293,9 +309,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #if HAS_RESETS
             e *= keep;
 #endif
-#if KEEP_DECAY
-            decay[r][i][j] = e;
-#endif
             h[r][i][j] = fmaf(e, r ? h[r ? r - 1 : 0][i][j] : start[i][j], (j ? dx.y : dx.x) * b[i]);
           }
 #if HAS_Z
@@ -311,14 +324,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #endif
     }
 
-    // Backward over the tile.
+    // Backward over the tile. dB and dC wait in registers: a store among the loads of the next steps would hold them up.
+    float totals[TILE];
 #pragma unroll
     for (int r0 = TILE - 2; r0 >= 0; r0 -= 2) {
       float e1[2][2], e2[2][2];
 #pragma unroll
       for (int k2 = 1; k2 >= 0; k2--) {
         const int r = r0 + k2;
-        const float2 d = *(const float2*)&own.dt[r][2 * g], dx = *(const float2*)&own.dtx[r][2 * g], u = *(const float2*)&own.dy[r][2 * g];
+        const float2 d = *(const float2*)&own.dt[r][2 * g], dx = *(const float2*)&own.dtx[r][2 * g],
+                     u = *(const float2*)&own.dy[r][2 * g];
         const float4 b4 = *(const float4*)&sh.BC[slot][r][0][order][4 * q], c4 = *(const float4*)&sh.BC[slot][r][1][order][4 * q];
         const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
         float vB[4], vC[4];
@@ -338,13 +353,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             e1[k2][j] = fmaf(grad, b[i], e1[k2][j]);
             vB[i] = fmaf(grad, j ? dx.y : dx.x, vB[i]);
             vC[i] = fmaf(h[r][i][j], uj, vC[i]);
-#if KEEP_DECAY
-            w[i][j] = decay[r][i][j] * grad;
-#else
             w[i][j] = ex2(dj * a[i][j]) * grad;
 #if HAS_RESETS
             w[i][j] *= keep;
-#endif
 #endif
             float m = w[i][j] * (r ? h[r ? r - 1 : 0][i][j] : start[i][j]);
             e2[k2][j] = fmaf(m, a[i][j], e2[k2][j]);
@@ -357,8 +368,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         B0 += __shfl_xor_sync(FULL, B1, 4);
         C0 += __shfl_xor_sync(FULL, C1, 4);
         const bool high = lane & 16;
-        float total = (high ? C0 : B0) + __shfl_xor_sync(FULL, high ? B0 : C0, 16);
-        sh.partial[slot][warp][r][(high ? 16 : 0) + 4 * q + order] = total;
+        totals[r] = (high ? C0 : B0) + __shfl_xor_sync(FULL, high ? B0 : C0, 16);
       }
       const float E1 = gather(e1, b0, b1), E2 = gather(e2, b0, b1) * LN2;
       const int r = r0 + b1;
@@ -380,6 +390,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       dz += dz_step;
 #endif
     }
+#pragma unroll
+    for (int r = 0; r < TILE; r++) sh.partial[slot][warp][r][(lane & 16) + 4 * q + order] = totals[r];
     __syncwarp();
     if (lane == 0) barrier_arrive(&sh.done[slot]);
   }

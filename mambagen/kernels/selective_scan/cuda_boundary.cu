@@ -124,26 +124,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_boundary(const __g
       if (starts) cut = true, valid = __ffs(starts) - 1 + !ADJOINT;  // a document's first step still counts going back to it
     }
 #endif
+    {  // all loads first: the compiler may not move them over the stores
+      constexpr int passes = TILE / 4;
+      Pair raw[TENSORS][passes], raw_BC[passes];
+      float2 d[passes], v[passes];
 #pragma unroll
-    for (int r0 = 0; r0 < TILE; r0 += 4) {
-      int r = r0 + pair_row;
-      float2 d = load_pair(&st.rows[0][r][pair]), v = load_pair(&st.rows[1][r][pair]);
-      d.x += bias0, d.y += bias1;
+      for (int k = 0; k < passes; k++) {
+#pragma unroll
+        for (int j = 0; j < TENSORS; j++) raw[j][k] = *(const Pair*)&st.rows[j][k * 4 + pair_row][pair];
+        raw_BC[k] = ((const Pair*)st.BC)[k * 32 + lane];
+      }
+#pragma unroll
+      for (int k = 0; k < passes; k++) {
+        const int r = k * 4 + pair_row;
+        d[k] = widen(raw[0][k]), v[k] = widen(raw[1][k]);
+        d[k].x += bias0, d[k].y += bias1;
 #if SOFTPLUS
-      d.x = softplus(d.x), d.y = softplus(d.y);
+        d[k].x = softplus(d[k].x), d[k].y = softplus(d[k].y);
 #endif
-      if (r >= left) d.x = d.y = 0.f;
+        if (r >= left) d[k].x = d[k].y = 0.f;
 #if ADJOINT && HAS_Z
-      float2 gate = load_pair(&st.rows[2][r][pair]);
-      v.x *= gate.x * sigmoid(gate.x), v.y *= gate.y * sigmoid(gate.y);
+        float2 gate = widen(raw[2][k]);
+        v[k].x *= gate.x * sigmoid(gate.x), v[k].y *= gate.y * sigmoid(gate.y);
 #elif !ADJOINT
-      v.x *= d.x, v.y *= d.y;
+        v[k].x *= d[k].x, v[k].y *= d[k].y;
 #endif
-      if (r >= valid) v.x = v.y = 0.f;
-      *(float4*)&own.step[r][pair] = make_float4(d.x, v.x, d.y, v.y);
-    }
+        if (r >= valid) v[k].x = v[k].y = 0.f;
+      }
 #pragma unroll
-    for (int i = lane; i < TILE * 8; i += 32) *(float2*)&own.BC[i >> 3][(i & 7) * 2] = load_pair(&st.BC[i >> 3][(i & 7) * 2]);
+      for (int k = 0; k < passes; k++) {
+        *(float4*)&own.step[k * 4 + pair_row][pair] = make_float4(d[k].x, v[k].x, d[k].y, v[k].y);
+        ((float2*)own.BC)[k * 32 + lane] = widen(raw_BC[k]);
+      }
+    }
     __syncwarp();
 
     float before[TILE], value[TILE];

@@ -131,22 +131,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_forwar
       cut = __ballot_sync(FULL, lane < TILE && s < end && at < p.length && p.resets[batch * p.length + at]);
     }
 #endif
+    {  // all loads first: the compiler may not move them over the stores
+      constexpr int passes = TILE * CHANNELS / 64, bc_passes = TILE / 4;
+      Pair raw_dt[passes], raw_x[passes], raw_B[bc_passes], raw_C[bc_passes];
+      float2 d[passes];
 #pragma unroll
-    for (int r0 = 0; r0 < TILE; r0 += 64 / CHANNELS) {
-      int r = r0 + pair_row;
-      float2 d = load_pair(&st.rows[1][r][pair]), v = load_pair(&st.rows[0][r][pair]);
-      d.x += bias0, d.y += bias1;
+      for (int k = 0; k < passes; k++) {
+        raw_dt[k] = *(const Pair*)&st.rows[1][k * (64 / CHANNELS) + pair_row][pair];
+        raw_x[k] = *(const Pair*)&st.rows[0][k * (64 / CHANNELS) + pair_row][pair];
+      }
+#pragma unroll
+      for (int k = 0; k < bc_passes; k++) {
+        raw_B[k] = ((const Pair*)st.BC[0])[k * 32 + lane];
+        raw_C[k] = ((const Pair*)st.BC[1])[k * 32 + lane];
+      }
+#pragma unroll
+      for (int k = 0; k < passes; k++) {
+        d[k] = widen(raw_dt[k]);
+        d[k].x += bias0, d[k].y += bias1;
 #if SOFTPLUS
-      d.x = softplus(d.x), d.y = softplus(d.y);
+        d[k].x = softplus(d[k].x), d[k].y = softplus(d[k].y);
 #endif
-      if (r >= left) d.x = d.y = 0.f;  // past the end nothing decays and nothing enters
-      *(float4*)&own.step[r][pair] = make_float4(d.x, d.x * v.x, d.y, d.y * v.y);
-    }
+        if (k * (64 / CHANNELS) + pair_row >= left) d[k].x = d[k].y = 0.f;  // past the end nothing decays or enters
+      }
 #pragma unroll
-    for (int i = lane; i < TILE * 8; i += 32) {
-      int r = i >> 3, k = (i & 7) * 2;
-      *(float2*)&own.B[r][k] = load_pair(&st.BC[0][r][k]);
-      *(float2*)&own.C[r][k] = load_pair(&st.BC[1][r][k]);
+      for (int k = 0; k < passes; k++) {
+        float2 v = widen(raw_x[k]);
+        *(float4*)&own.step[k * (64 / CHANNELS) + pair_row][pair] = make_float4(d[k].x, d[k].x * v.x, d[k].y, d[k].y * v.y);
+      }
+#pragma unroll
+      for (int k = 0; k < bc_passes; k++) {
+        ((float2*)own.B)[k * 32 + lane] = widen(raw_B[k]);
+        ((float2*)own.C)[k * 32 + lane] = widen(raw_C[k]);
+      }
     }
     __syncwarp();
 #pragma unroll
