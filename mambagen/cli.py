@@ -106,7 +106,7 @@ class StderrLog(logging.Handler):
     """Warnings of the package as lines on stderr, in the form of the errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"mambagen: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", err=True)
+        complain(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def _show_log() -> None:
@@ -148,8 +148,9 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def complain(message: str) -> None:
     """One line on stderr, whatever line breaks the message had."""
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""  # a progress line may stand there
     with contextlib.suppress(BrokenPipeError):
-        click.echo("mambagen: " + " ".join(message.split()), err=True)
+        click.echo(f"{clear}mambagen: {' '.join(message.split())}", err=True)
 
 
 def silence_stdout() -> None:

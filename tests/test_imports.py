@@ -11,7 +11,7 @@ PACKAGE = Path(mambagen.__file__).parent
 
 MAY_IMPORT = {
     "cli": {"commands"},
-    "commands": {"commands", "pipelines", "training.config"},
+    "commands": {"commands", "pipelines", "training.config", "training.progress"},
     "pipelines": {"pipelines", "training", "reports", "data", "data_manifests", "models", "kernels"},
     "training": {"training", "models.files"},  # models.files: how folders are written whole
     "reports": {"reports"},

@@ -115,13 +115,20 @@ def pretrain_dna(
     records = tuple(name for text in valid_records for name in text.split(",") if name)
     options = given(data=data + more_data, valid_records=records, **settings)
 
-    from mambagen.pipelines.pretrain_dna import PretrainDnaConfig, pretrain_dna, resume_pretrain_dna
-    from mambagen.training.config import configure
+    from mambagen.training.progress import Progress
 
-    if resume:
-        result = resume_pretrain_dna(resume, options, config)
-    else:
-        result = pretrain_dna(configure(PretrainDnaConfig, config, options), out)
+    with Progress() as progress:
+        progress.state("starting ...")  # what follows imports torch
+
+        from mambagen.pipelines.pretrain_dna import PretrainDnaConfig
+        from mambagen.pipelines.pretrain_dna import pretrain_dna as run_new
+        from mambagen.pipelines.pretrain_dna import resume_pretrain_dna as run_resumed
+        from mambagen.training.config import configure
+
+        if resume:
+            result = run_resumed(resume, options, config, progress)
+        else:
+            result = run_new(configure(PretrainDnaConfig, config, options), out, progress)
     click.echo(as_machine(result) if as_json else as_table(result))
 
 

@@ -115,9 +115,10 @@ def pretrain_dna(
     Raises:
         InputError, UsageError, ResourceError, DivergedError, InterruptedRun: see the exit codes in docs/training.md.
     """
+    progress = progress or Progress()
     config = resolved(config)
     place = RunFolder.vacant(out, "pretrain-dna")  # said before the data are read, made after
-    job = prepare(config)
+    job = prepare(config, progress)
     run = RunFolder.create(place)
     with run.lock():
         run.write_config(config.model_dump())
@@ -136,6 +137,7 @@ def resume_pretrain_dna(
     Raises:
         UsageError: such a setting. ModelError: no whole checkpoint, or data or architecture are not the run's.
     """
+    progress = progress or Progress()
     run = RunFolder.open(folder)
     given = dict(read_toml(config_file) if config_file else {})
     given.update(options)
@@ -153,7 +155,7 @@ def resume_pretrain_dna(
         model, fields = load_model(checkpoint.path)
         if MambaConfig(**fields["model"]) != config.mamba():
             raise ModelError(f"{checkpoint.path}: holds another architecture than {run.config_file} describes")
-        job = prepare(config)
+        job = prepare(config, progress)
         for name, value in job.task.identity.items():
             if checkpoint.identity.get(name) != value:
                 raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
@@ -188,9 +190,10 @@ class Job:
     held_out: str
 
 
-def prepare(config: PretrainDnaConfig) -> Job:
+def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
     """Read the data, hold a part out, fit the Markov chains on the rest."""
     set_threads(config.threads or 1)
+    progress.state("reading the data ...")
     genome = Genome.from_files(resolve_dna(config.data), config.tokenizer())
     if config.valid_records:
         train_part, valid_part = genome.hold_out(records=config.valid_records)
@@ -218,6 +221,7 @@ def prepare(config: PretrainDnaConfig) -> Job:
         _card(config, genome, train_part),
         rows_at_once=max(1, rows // config.accumulate),
     )
+    progress.state("fitting the Markov chains ...")
     baselines = fit_baselines(train_part, task.held_out, both_strands=config.reverse_complement)
     pieces = len(valid_part)
     described = f"{task.held_out.targets:,} bases in {pieces} stretch{'es' if pieces != 1 else ''}"
@@ -230,10 +234,15 @@ def _train_and_report(
     run: RunFolder,
     model: MambaLM,
     checkpoint: Checkpoint | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> PretrainDnaResult:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = config.model_name()
+    where = f"{choose_device(config.device)}" + (f" after step {checkpoint.position.step}" if checkpoint else "")
+    progress.note(
+        f"{name} ({parameters:,} parameters) on {where}: {job.train.bases:,} bases to train on, {job.held_out}"
+    )
+    progress.note(f"held out; the run is in {run.path}")
     lines = {f"order-{order} Markov": loss for order, loss in job.baselines.items()} | {"uniform": UNIFORM}
     title = f"{name} on {_data_names(config)}, context {config.context:,}"
     try:

@@ -64,7 +64,8 @@ def train(
     budget = Budget(config.steps, config.minutes)
     device = choose_device(config.device)
     autocast = Autocast(device, config.precision)
-    progress = progress or Progress(config.steps)
+    progress = progress or Progress()
+    progress.total_steps = config.steps
     torch.manual_seed(config.seed)
     model = model.to(device).train()
     optimizer = build_optimizer(model, config.weight_decay)

@@ -13,10 +13,10 @@ REDRAW_EVERY = 0.2
 class Progress:
     """Shows step, loss, perplexity, tokens/s and the time left."""
 
-    def __init__(self, total_steps: int | None, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.total_steps: int | None = None
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._total = f"/{total_steps}" if total_steps else ""
         self._shown = -math.inf if self._live else time.monotonic() - PLAIN_EVERY + 5  # the first plain line after 5 s
         self._average: float | None = None
         self._drawn = False
@@ -32,12 +32,14 @@ class Progress:
         average = self._average
         loss_text = "loss -" if average is None else f"loss {average:.4f}  ppl {math.exp(average):.3f}"
         speed = f"{_count(tokens_per_second)} tokens/s"
-        self._draw(f"step {step}{self._total}  {loss_text}  {speed}  {_time(seconds_left)} left")
+        total = f"/{self.total_steps}" if self.total_steps else ""
+        self._draw(f"step {step}{total}  {loss_text}  {speed}  {_time(seconds_left)} left")
 
-    def say(self, text: str) -> None:
-        """A line of its own that stays (above the live one)."""
-        self._clear()
-        print(f"mambagen: {text}", file=self._stream, flush=True)
+    def note(self, text: str) -> None:
+        """A line that stays, above the live one; on a terminal only."""
+        if self._live:
+            self._clear()
+            print(text, file=self._stream, flush=True)
 
     def state(self, text: str) -> None:
         """Show what is going on where that takes time; on a terminal only."""
@@ -47,6 +49,12 @@ class Progress:
     def close(self) -> None:
         """Take the live line away."""
         self._clear()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _draw(self, text: str) -> None:
         if self._live:
