@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from numba import cfunc, njit, types
+from numba.core.errors import NumbaError
 from torch import Tensor
 
-from mambagen.kernels.cpu_simd import BFLOAT16, FLOAT16, FLOAT32, load_int
+from mambagen.kernels.cpu_memory import BFLOAT16, FLOAT16, FLOAT32, load_int
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 NEXT_THREAD, NEXT_TASK, TASKS, SCRATCH, SCRATCH_BYTES = range(0, 40, 8)  # offsets of the first parameters, in bytes
@@ -58,6 +59,8 @@ class Kernel:
         make = functools.partial(cfunc, types.void(types.int64), error_model="numpy")
         try:
             return make(cache=True)(self.function)
+        except NumbaError:
+            raise
         except Exception:  # no folder to write to, a full disk, a damaged cache: none is a reason not to compute
             return make()(self.function)
 

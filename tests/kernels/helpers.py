@@ -72,7 +72,8 @@ def draw_scan(
         "C": C,
         "D": normal(channels) if skip else None,
         "z": z if gate else None,
-        "dt_bias": normal(channels) - 4 if bias else None,
+        # without a softplus a negative step would make the state grow without bound
+        "dt_bias": (normal(channels) - 4 if softplus else normal(channels).abs() * 0.05) if bias else None,
         "dt_softplus": softplus,
         "initial_state": normal(batch, channels, state) if initial else None,
         "resets": None if resets is None else torch.rand(batch, length, generator=make) < resets,

@@ -1,4 +1,4 @@
-"""The CPU backend of the scan: tensors taken apart for cpu_kernels.py, gradients put together."""
+"""The CPU backend of the scan: tensors taken apart for the kernels, gradients put together."""
 
 from math import ceil
 
@@ -6,17 +6,9 @@ import torch
 from torch import Tensor
 
 from mambagen.kernels.cpu_common import KINDS, address, rows
-from mambagen.kernels.selective_scan.cpu_kernels import (
-    STAGE,
-    TILE,
-    P,
-    R,
-    add_parts_kernel,
-    backward_kernel,
-    backward_scratch,
-    forward_kernel,
-    forward_scratch,
-)
+from mambagen.kernels.selective_scan.cpu_backward import add_parts_kernel, backward_kernel, backward_scratch
+from mambagen.kernels.selective_scan.cpu_forward import forward_kernel, forward_scratch
+from mambagen.kernels.selective_scan.cpu_tiles import STAGE, TILE, P, R
 
 PARTIAL_BYTES = 8 << 20  # of dB and dC for parts of the channels: longer sequences go in several runs
 
@@ -83,8 +75,9 @@ def backward(
     parameters = _common(x, dt, A, B, C, D, z, dt_bias, dt_softplus, resets, reverse)
     tiles, group_tiles = parameters[P.TILES], parameters[P.GROUP_TILES]
     chunk, chunks = parameters[P.CHUNK], parameters[P.CHUNKS]
-    # the cut into parts may depend on the shape alone, or the sums of dB and dC would change with the machine
-    part_tiles = 2 if batch * tiles >= 16 else 1
+    # more tiles in a part save work, fewer leave more parts to share; the choice may depend on the shape alone, or the
+    # sums of dB and dC would change with the machine
+    part_tiles = min(max(batch * tiles // 8, 1), 4, group_tiles)
     group_parts = ceil(group_tiles / part_tiles)
     parts = groups * group_parts
     run_chunks = min(chunks, max(1, PARTIAL_BYTES // (8 * batch * parts * chunk * state)))
@@ -119,6 +112,9 @@ def backward(
         backward_kernel.run(parameters, batch * parts, scratch, batch * steps * channels * state)
         add_parts_kernel.run(parameters, batch * ceil(steps / STAGE), 0, batch * steps * parts * state)
 
+    def over_batch(value: Tensor) -> Tensor:
+        return torch.from_numpy(value.numpy().sum(0))  # numpy adds in one order whatever the number of threads
+
     def by_channel(value: Tensor) -> Tensor:
         """(..., tiles, state, TILE) as (..., channels, state), float32, without the channels that pad a group."""
         value = value.unflatten(-3, (groups, group_tiles)).movedim(-2, -1)  # (..., groups, tiles, TILE, state)
@@ -127,12 +123,12 @@ def backward(
     return (
         dx,
         ddt,
-        by_channel(dA.sum(0)),
+        by_channel(over_batch(dA)),
         dB,
         dC,
-        None if D is None else by_channel(dD.sum(0)[:, None])[:, 0],
+        None if D is None else by_channel(over_batch(dD)[:, None])[:, 0],
         dz,
-        None if dt_bias is None else by_channel(ddt_bias.sum(0)[:, None])[:, 0],
+        None if dt_bias is None else by_channel(over_batch(ddt_bias)[:, None])[:, 0],
         None if initial_state is None else by_channel(carried),
     )
 

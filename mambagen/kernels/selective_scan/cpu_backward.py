@@ -1,19 +1,12 @@
-"""The scan on a CPU: what one thread computes (README.md has the derivation; cpu.py calls these).
+"""The backward scan on a CPU. A task is a part of one sequence's channels, the chunks of this run, last chunk first.
 
-Channels lie on the lanes: a tile is 32 channels, two vectors, and its state is rows of 32 in the first-level cache.
-Time is cut into chunks. The forward runs through all of them and leaves the state at the start of each. The backward
-takes the chunks from the last to the first, computes the decays a_t and the carried parts a_t h_{t-1} again, a few
-states n at a time, and runs back over them.
-
-Resets cost nothing: the exponent of the decay is dt_t A + cut_t, with cut_t = -inf where a document begins. Reverse
-costs nothing either: addresses start at the last step and strides are negative.
+Within a chunk the decays a_t and the carried parts a_t h_{t-1} are computed again from the saved state, BLOCK states
+at a time, and then run through backwards. What is summed over channels (dB, dC) is summed within the part here; the
+parts are added by a kernel of their own, in their order.
 """
 
 # mypy: disallow-untyped-defs=False
 
-from enum import auto
-
-import numpy as np
 from numba import njit
 
 from mambagen.kernels.cpu_common import (
@@ -23,309 +16,42 @@ from mambagen.kernels.cpu_common import (
     SCRATCH_BYTES,
     TASKS,
     Kernel,
-    Number,
-    Rows,
     get,
     row,
 )
-from mambagen.kernels.cpu_simd import (
+from mambagen.kernels.cpu_memory import (
     BYTES,
     FLOAT32,
-    LANES,
     add_to_doubles,
     broadcast,
     claim,
-    exp2,
-    fma,
     load,
-    load_flag,
     load_row,
-    sigmoid,
-    softplus_and_slope,
-    splat,
     store,
-    store_float,
     store_row,
     sum_each_of_16,
-    transpose_16,
 )
-
-TILE = 2 * LANES  # channels
-ROW = 2 * BYTES  # bytes of one row of a tile
-STAGE = 32  # steps of the forward that are read, computed and written together
-BLOCK = 4  # states of which the backward holds all steps of a chunk
-LOG2E = np.float32(1.4426950408889634)
-LN2 = np.float32(0.6931471805599453)
-MINUS_INFINITY = np.float32(-np.inf)
-
-
-class P(Number):
-    KIND = auto()  # of the elements of x, dt, B, C, z and their gradients
-    SIZE = auto()  # their bytes
-    BATCH = auto()
-    LENGTH = auto()
-    STATE = auto()
-    CHUNK = auto()  # steps of a chunk
-    CHUNKS = auto()
-    TILES = auto()  # of all channels
-    GROUP_TILES = auto()  # of the channels of one group of B and C
-    CHANNELS = auto()
-    GROUP_CHANNELS = auto()  # of one group
-    SOFTPLUS = auto()
-    LATE = auto()  # 1 in reverse, where a reset cuts off the step that runs after it
-    A = auto()  # addresses from here on; 0 where there is no such tensor
-    D = auto()
-    BIAS = auto()
-    INITIAL = auto()
-    FINAL = auto()
-    SAVED = auto()  # (batch, tile, chunk, state, TILE)
-    # the backward's own
-    PART_TILES = auto()  # tiles of a part: the channels over which one task sums dB and dC
-    GROUP_PARTS = auto()
-    PARTS = auto()
-    FIRST_CHUNK = auto()  # the chunks of this run, from FIRST_CHUNK up to LAST_CHUNK
-    LAST_CHUNK = auto()
-    DFINAL = auto()
-    CARRIED = auto()  # (batch, tile, state, TILE) float32: a_t times the adjoint of h_t at the earliest step done
-    DA = auto()  # (batch, tile, state, TILE) float64
-    DD = auto()  # (batch, tile, TILE) float64
-    DBIAS = auto()
-    DB_PARTS = auto()  # (batch, part, step of this run, state) float32
-    DC_PARTS = auto()
-
-
-class R(Rows):
-    X = auto()
-    DT = auto()
-    B = auto()
-    C = auto()
-    Z = auto()
-    RESETS = auto()
-    Y = auto()
-    DY = auto()
-    DX = auto()
-    DDT = auto()
-    DB = auto()
-    DC = auto()
-    DZ = auto()
-
-
-def padded(state: int) -> int:
-    """States of a tile in scratch memory, where blocks of 16 are transposed."""
-    return -(-state // LANES) * LANES
-
-
-# ---- shared by both directions
-
-
-@njit
-def read_states(source, row_bytes, channels, states, block, tile):
-    """(channels, states) float32 into rows of a tile, one a state; channels that do not exist are 0."""
-    for half in range(2):
-        for n in range(0, states, LANES):
-            for i in range(LANES):
-                c = half * LANES + i
-                here = states - n if c < channels and source != 0 else 0
-                store(block + i * BYTES, load_row(source + c * row_bytes + n * 4, FLOAT32, here))
-            transpose_16(block, BYTES, tile + n * ROW + half * BYTES, ROW)
-
-
-@njit
-def write_states(tile, target, row_bytes, channels, states, block):
-    """The way back."""
-    for half in range(2):
-        for n in range(0, states, LANES):
-            transpose_16(tile + n * ROW + half * BYTES, ROW, block, BYTES)
-            for i in range(LANES):
-                c = half * LANES + i
-                if c < channels:
-                    store_row(target + c * row_bytes + n * 4, FLOAT32, states - n, load(block + i * BYTES))
-
-
-@njit
-def read_B_or_C(p, name, batch, group, first, steps, target):
-    """Rows of `padded` float32."""
-    states = get(p, P.STATE)
-    width = -(-states // LANES) * BYTES
-    for t in range(steps):
-        source = row(p, name, batch, first + t) + group * states * get(p, P.SIZE)
-        for n in range(0, states, LANES):
-            value = load_row(source + n * get(p, P.SIZE), get(p, P.KIND), states - n)
-            store(target + t * width + n * 4, value)
-
-
-@njit
-def read_cuts(p, batch, first, steps, target):
-    """For each step -inf where it takes nothing over from the step that ran before it, else 0."""
-    for t in range(steps):
-        cut = np.float32(0.0)
-        if get(p, R.RESETS) != 0:
-            at = first + t - get(p, P.LATE)
-            if at >= 0 and load_flag(row(p, R.RESETS, batch, at)):
-                cut = MINUS_INFINITY
-        store_float(target + 4 * t, cut)
-
-
-@njit
-def leaves(p, batch):
-    """Whether the state after the last step leaves the sequence: in reverse not past a document that begins there."""
-    if get(p, P.LATE) == 0 or get(p, R.RESETS) == 0:
-        return True
-    return not load_flag(row(p, R.RESETS, batch, get(p, P.LENGTH) - 1))
-
-
-@njit
-def read_parameter(source, first, channels, target):
-    """A float32 for each channel of the tile, 0 where there is none."""
-    for half in range(2):
-        here = channels - half * LANES if source != 0 else 0
-        store(target + half * BYTES, load_row(source + first * 4 + half * BYTES, FLOAT32, here))
-
-
-@njit
-def fill(target, vectors):
-    for i in range(vectors):
-        store(target + i * BYTES, 0.0)
-
-
-@njit
-def copy(source, target, vectors):
-    for i in range(vectors):
-        store(target + i * BYTES, load(source + i * BYTES))
-
-
-@njit
-def scale(target, factor, vectors):
-    for i in range(vectors):
-        store(target + i * BYTES, load(target + i * BYTES) * factor)
-
-
-# ---- forward: a task is a tile of one sequence
-
-
-def forward_scratch(state: int) -> int:
-    """Bytes for one thread."""
-    return 16 * BYTES + 2 * padded(state) * ROW + 3 * STAGE * ROW + 2 * STAGE * padded(state) * 4 + STAGE * 4 + 2 * ROW
-
-
-@Kernel
-def forward_kernel(p):
-    scratch = get(p, SCRATCH) + claim(p + NEXT_THREAD) * get(p, SCRATCH_BYTES)
-    task = claim(p + NEXT_TASK)
-    while task < get(p, TASKS):
-        _forward_tile(p, scratch, task)
-        task = claim(p + NEXT_TASK)
-
-
-@njit
-def _forward_tile(p, scratch, task):
-    batch = task // get(p, P.TILES)
-    tile = task - batch * get(p, P.TILES)
-    group = tile // get(p, P.GROUP_TILES)
-    in_group = (tile - group * get(p, P.GROUP_TILES)) * TILE
-    first = group * get(p, P.GROUP_CHANNELS) + in_group
-    channels = min(TILE, get(p, P.GROUP_CHANNELS) - in_group)
-    states, length, chunk = get(p, P.STATE), get(p, P.LENGTH), get(p, P.CHUNK)
-    tile_bytes = states * ROW
-    width = -(-states // LANES) * BYTES  # of a row of B or C
-
-    block = scratch
-    A = block + 16 * BYTES
-    h = A + width * TILE
-    dt = h + width * TILE
-    u = dt + STAGE * ROW
-    y = u + STAGE * ROW
-    B = y + STAGE * ROW
-    C = B + STAGE * width
-    D = C + STAGE * width
-    bias = D + ROW
-    cut = bias + ROW
-
-    read_states(get(p, P.A) + first * states * 4, states * 4, channels, states, block, A)
-    scale(A, LOG2E, 2 * states)
-    initial = get(p, P.INITIAL)
-    if initial != 0:
-        initial += (batch * get(p, P.CHANNELS) + first) * states * 4
-    read_states(initial, states * 4, channels, states, block, h)
-    read_parameter(get(p, P.D), first, channels, D)
-    read_parameter(get(p, P.BIAS), first, channels, bias)
-
-    for t in range(0, length, STAGE):
-        steps = min(STAGE, length - t)
-        if get(p, P.SAVED) != 0 and t % chunk == 0:
-            copy(h, get(p, P.SAVED) + (task * get(p, P.CHUNKS) + t // chunk) * tile_bytes, 2 * states)
-        read_B_or_C(p, R.B, batch, group, t, steps, B)
-        read_B_or_C(p, R.C, batch, group, t, steps, C)
-        read_cuts(p, batch, t, steps, cut)
-        _read_forward(p, batch, first, channels, t, steps, D, bias, dt, u, y)
-        _advance(steps, states, width, A, B, C, cut, dt, u, h, y)
-        _write_forward(p, batch, first, channels, t, steps, y)
-
-    if not leaves(p, batch):
-        fill(h, 2 * states)
-    final = get(p, P.FINAL) + (batch * get(p, P.CHANNELS) + first) * states * 4
-    write_states(h, final, states * 4, channels, states, block)
-
-
-@njit
-def _read_forward(p, batch, first, channels, t0, steps, D, bias, dt, u, y):
-    """dt after bias and softplus, u = dt x, and y as far as the skip."""
-    kind, offset = get(p, P.KIND), first * get(p, P.SIZE)
-    for t in range(steps):
-        x_row = row(p, R.X, batch, t0 + t) + offset
-        dt_row = row(p, R.DT, batch, t0 + t) + offset
-        for half in range(2):
-            here = channels - half * LANES
-            step = half * LANES * get(p, P.SIZE)
-            at = t * ROW + half * BYTES
-            d = load_row(dt_row + step, kind, here) + load(bias + half * BYTES)
-            if get(p, P.SOFTPLUS) != 0:
-                d, _ = softplus_and_slope(d)
-            x = load_row(x_row + step, kind, here)
-            store(dt + at, d)
-            store(u + at, d * x)
-            store(y + at, load(D + half * BYTES) * x)
-
-
-@njit
-def _advance(steps, states, width, A, B, C, cut, dt, u, h, y):
-    """The recurrence itself: y += C h over the steps, h left as it is after the last."""
-    for t in range(steps):
-        at = t * ROW
-        no_past = broadcast(cut + 4 * t)
-        d0, d1 = load(dt + at), load(dt + at + BYTES)
-        u0, u1 = load(u + at), load(u + at + BYTES)
-        y0, y1 = load(y + at), load(y + at + BYTES)
-        for n in range(states):
-            k = n * ROW
-            b, c = broadcast(B + t * width + 4 * n), broadcast(C + t * width + 4 * n)
-            h0 = fma(exp2(fma(d0, load(A + k), no_past)), load(h + k), u0 * b)
-            h1 = fma(exp2(fma(d1, load(A + k + BYTES), no_past)), load(h + k + BYTES), u1 * b)
-            store(h + k, h0)
-            store(h + k + BYTES, h1)
-            y0, y1 = fma(c, h0, y0), fma(c, h1, y1)
-        store(y + at, y0)
-        store(y + at + BYTES, y1)
-
-
-@njit
-def _write_forward(p, batch, first, channels, t0, steps, y):
-    """The gate, and out."""
-    kind, offset = get(p, P.KIND), first * get(p, P.SIZE)
-    for t in range(steps):
-        y_row = row(p, R.Y, batch, t0 + t) + offset
-        z_row = row(p, R.Z, batch, t0 + t) + offset
-        for half in range(2):
-            here = channels - half * LANES
-            step = half * LANES * get(p, P.SIZE)
-            out = load(y + t * ROW + half * BYTES)
-            if get(p, R.Z) != 0:
-                z = load_row(z_row + step, kind, here)
-                out = out * (z * sigmoid(z))
-            store_row(y_row + step, kind, here, out)
-
-
-# ---- backward: a task is a part of one sequence's channels, over the chunks of this run from the last to the first
+from mambagen.kernels.cpu_simd import LANES, exp2, fma, keep_apart, sigmoid, softplus_and_slope, splat
+from mambagen.kernels.selective_scan.cpu_tiles import (
+    BLOCK,
+    LN2,
+    LOG2E,
+    ROW,
+    STAGE,
+    TILE,
+    P,
+    R,
+    ask_for,
+    copy,
+    fill,
+    leaves,
+    padded,
+    read_B_or_C,
+    read_cuts,
+    read_parameter,
+    read_states,
+    scale,
+)
 
 
 def backward_scratch(state: int, chunk: int, part_tiles: int) -> int:
@@ -402,6 +128,11 @@ def _backward_part(p, scratch, task):
             copy(get(p, P.SAVED) + (number * get(p, P.CHUNKS) + k) * tile_bytes, h, 2 * states)
             fill(dA, 2 * states)
             _read_backward(p, batch, at, here, t, steps, parameters + i * 2 * ROW, work, chunk * ROW)
+            for name in (R.X, R.DT, R.DY, R.Z):
+                if i + 1 < tiles:
+                    ask_for(p, name, batch, at + TILE, here, t, steps)
+                else:
+                    ask_for(p, name, batch, first, TILE, t - chunk, chunk)
             for n in range(0, states, BLOCK):
                 few = min(BLOCK, states - n)
                 A_n, h_n, B_n, C_n = A + i * width * TILE + n * ROW, h + n * ROW, B + 4 * n, C + 4 * n
@@ -459,6 +190,7 @@ def _read_backward(p, batch, first, channels, t0, steps, parameters, work, apart
 @njit
 def _decay(steps, states, width, A, B, C, cut, work, apart, h, decays):
     """a_t and a_t h_{t-1} for a few states and all steps of the chunk, and y."""
+    keep_apart()
     for t in range(steps):
         at = work + t * ROW
         no_past = broadcast(cut + 4 * t)
@@ -487,6 +219,7 @@ def _decay(steps, states, width, A, B, C, cut, work, apart, h, decays):
 @njit
 def _run_back(steps, states, all_states, width, A, B, C, work, apart, decays, w, dA, sums_B, sums_C):
     """The adjoint: g = C dy + w, w = a g; with past = a_t h_{t-1}, d(dt) += A g past, dA += dt g past, du += B g."""
+    keep_apart()
     for t in range(steps - 1, -1, -1):
         at = work + t * ROW
         d0, d1 = load(at + DT * apart), load(at + DT * apart + BYTES)
