@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 from mambagen.kernels.triton_rows import begins, load_rows, logistic, oriented, silu
 
 
+WRITES_INTO = True  # backward takes `dx_out`
+
+
 class Tile(NamedTuple):
     """What one program, a single warp, works on: channels, and steps an iteration, whose rows are loaded together."""
 
@@ -75,12 +78,13 @@ def backward(
     initial_state: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
+    dx_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dx, dweight, dbias and dinitial_state; see the package for shapes."""
+    """dx, dweight, dbias and dinitial_state; see the package for shapes. `dx_out`, rows of any stride, receives dx."""
     batch, length, channels = x.shape
     width = weight.shape[1]
     cut = _Cut.of(x, BACKWARD)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx_out is None else dx_out
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     sum_weight = weight.new_empty(batch * cut.segments, width, channels)
     sum_bias = weight.new_empty(batch * cut.segments, channels)
@@ -89,7 +93,8 @@ def backward(
     with _on(x):
         conv_backward_kernel[cut.grid](
             dy, dfinal, x, weight, bias, initial_state, _flags(resets), dx, sum_weight, sum_bias, dinitial,
-            dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), length, channels, cut.segment_length, cut.segments,
+            dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+            length, channels, cut.segment_length, cut.segments,
             WIDTH=width, TILE=cut.tile.channels, ROWS=cut.tile.rows, SILU=silu, REVERSE=reverse, num_warps=1,
         )  # fmt: skip
     return dx, sum_weight.sum(0).T.contiguous(), None if bias is None else sum_bias.sum(0), dinitial
@@ -247,6 +252,8 @@ def conv_backward_kernel(
     dy_time,
     x_batch,
     x_time,
+    dx_batch,
+    dx_time,
     length,
     channels,
     segment_length,
@@ -266,7 +273,7 @@ def conv_backward_kernel(
     batch, segment, first, end, c, has_c = located(segments, segment_length, length, channels, TILE)
     dy, dy_time = oriented(dy + batch * dy_batch, dy_time, length, REVERSE)
     x, x_time = oriented(x + batch * x_batch, x_time, length, REVERSE)
-    dx, dx_time = oriented(dx + batch * length * channels, channels, length, REVERSE)
+    dx, dx_time = oriented(dx + batch * dx_batch, dx_time, length, REVERSE)
     if initial is not None:
         initial += batch * PAST * channels
         dinitial += batch * PAST * channels
