@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambagen.models.config import MambaConfig
+from mambagen.models.fused_block import fused_block, what_to_keep
 from mambagen.models.mamba_mixer import MambaMixer, MambaState, MixerWeights, mamba_mixer_forward, mamba_mixer_step
 
 
@@ -31,14 +32,22 @@ class MambaBlock(nn.Module):
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
+        self.config = config
         self.norm = RMSNorm(config.d_model, config.norm_epsilon)
         self.mixer = MambaMixer(config)
+        self.keep = "auto"  # for the backward, on a GPU: "all", "input", or what memory allows (see fused_block)
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, resets: Tensor | None = None
     ) -> tuple[Tensor, MambaState | None]:
         """See `MambaMixer.forward`; x is the residual stream."""
         norm, mixer = self.norm, self.mixer
+        if state is None and x.is_cuda and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            low = torch.is_autocast_enabled("cuda")
+            dtype = torch.get_autocast_dtype("cuda") if low else mixer.in_proj.weight.dtype
+            keep = what_to_keep(x, self.config.n_layer) if self.keep == "auto" else self.keep
+            weights = mixer.weights()
+            return fused_block(x, norm.weight, norm.epsilon, weights, resets, keep, dtype, mixer.backend), None
         return mamba_block_forward(x, norm.weight, norm.epsilon, mixer.weights(), state, resets, mixer.backend)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
