@@ -2,9 +2,10 @@
 
     python -m benchmarks.train [--out train.json] [--figure linear.png] [--layers 12] [--d-model 256]
 
-A step is forward, cross entropy, backward and fused AdamW under bfloat16 autocast. Where mamba_ssm is installed its
-language model of the same shape runs beside ours. `--figure` draws the time a token from 8K to 1M at the same number of
-tokens in flight.
+A step is forward, cross entropy, backward and fused AdamW under bfloat16 autocast; "graph": forward and backward are
+recorded as a CUDA graph, as the training loop does where launching kernels is what takes the time. Where mamba_ssm is
+installed its language model of the same shape runs beside ours. `--figure` draws the time a token from 8K to 1M at the
+same number of tokens in flight.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import median_ms, print_table, write_json
 from mambagen.models import MambaConfig, MambaLM
+from mambagen.training.cuda_graph import MAX_TOKENS, GraphedPass
 
 SHAPES = ((64, 1024), (1, 131072), (1, 1048576))
 VOCABULARY = 16
@@ -46,17 +48,25 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) and not hasattr(out, "logits") else out.logits
 
 
-def measure(name: str, model: nn.Module, batch: int, length: int) -> dict[str, Any]:
+def measure(name: str, model: nn.Module, batch: int, length: int, graph: bool = False) -> dict[str, Any]:
     """Tokens a second and gigabytes for one model and shape."""
     torch.manual_seed(0)
     tokens = torch.randint(7, 11, (batch, length), device="cuda")
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step() -> None:
+    def loss_of(piece: dict[str, Tensor]) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            logits = logits_of(model, tokens)
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
-        loss.backward()
+            logits = logits_of(model, piece["tokens"])
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), piece["tokens"].flatten(), reduction="sum")
+
+    piece = {"tokens": tokens}
+    graphed = GraphedPass(model, loss_of, piece) if graph else None
+
+    def step() -> None:
+        if graphed:
+            graphed(piece, tokens.numel())
+        else:
+            (loss_of(piece) / tokens.numel()).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
@@ -64,7 +74,9 @@ def measure(name: str, model: nn.Module, batch: int, length: int) -> dict[str, A
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             logits_of(model, tokens)
 
-    row: dict[str, Any] = {"model": name, "batch": batch, "length": length}
+    if graph:
+        forward = recorded(forward)
+    row: dict[str, Any] = {"model": name, "graph": "yes" if graph else "no", "batch": batch, "length": length}
     for part, run in (("train", step), ("forward", forward)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -73,6 +85,16 @@ def measure(name: str, model: nn.Module, batch: int, length: int) -> dict[str, A
         except torch.cuda.OutOfMemoryError:
             row |= {f"{part} Mtok/s": None, f"{part} GB": None}
     return row
+
+
+def recorded(run: Callable[[], None]) -> Callable[[], None]:
+    """The same work as a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def _rate(part: str, run: Callable[[], None], tokens: int) -> dict[str, float]:
@@ -129,6 +151,8 @@ def main() -> None:
             continue
         for batch, length in SHAPES:
             rows.append(measure(name, model, batch, length))
+            if batch * length <= MAX_TOKENS:
+                rows.append(measure(name, model, batch, length, graph=True))
         del model
         torch.cuda.empty_cache()
     print_table(rows, f"{options.layers} layers, d_model {options.d_model}")
