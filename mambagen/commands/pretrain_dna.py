@@ -67,7 +67,7 @@ Examples:
     help="Hold out this share of each record in one piece.  [default: the data set's own split, else 0.1]",
 )
 @click.option("--valid-records", metavar="NAME[,NAME]", multiple=True, help="Hold out whole records instead.")
-@click.option("--valid-tokens", type=int, metavar="N", help="Measure on at most N held-out bases.  [default: 1048576]")
+@click.option("--valid-tokens", type=int, metavar="N", help="Measure on at most N held-out bases.  [default: 262144]")
 @click.option(
     "--save-every", metavar="N|Mm", help="Write a checkpoint every N steps, or M minutes as in 10m.  [default: 10m]"
 )

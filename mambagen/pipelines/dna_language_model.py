@@ -18,7 +18,8 @@ from mambagen.models.mamba_lm import MambaLM
 from mambagen.models.saving import model_card, model_writers
 from mambagen.training.batches import Batch
 
-QUICK_TOKENS = 1 << 16  # of held-out data, for an evaluation in the course of training
+QUICK_TOKENS = 1 << 16  # of held-out data at most, for an evaluation in the course of training
+QUICK_SHARE = 30  # ... and at most a thirtieth of what a run in steps trains on, as ten of them are made
 UNGRADED_TOKENS = 1 << 14  # go through the model at once in an evaluation, even where a step's piece is smaller
 BASELINE_ORDERS = (0, 3, 8)
 
@@ -47,8 +48,12 @@ class DnaLanguageTask:
         identity: Mapping[str, Any],
         card: ModelCard,
         rows_at_once: int | None = None,
+        steps: int | None = None,
     ) -> None:
-        """`rows` windows a step, of which `rows_at_once` fit through the model; `valid_tokens` at most are held out."""
+        """`rows` windows a step, of which `rows_at_once` fit through the model; `valid_tokens` at most are measured.
+
+        A run of few `steps` looks at few held-out bases on its way.
+        """
         self.sampler = WindowSampler(train, context, rows, seed, reverse_complement)
         self.tokens_per_step = rows * context
         self.tokenizer = train.tokenizer
@@ -56,7 +61,9 @@ class DnaLanguageTask:
         self.card = card
         at_once = max(rows_at_once or rows, UNGRADED_TOKENS // context)
         self.held_out = _windows(valid, context, at_once, valid_tokens)
-        self.held_out_quick = _windows(valid, context, at_once, min(valid_tokens, QUICK_TOKENS))
+        quick = min(valid_tokens, QUICK_TOKENS, self.tokens_per_step * steps // QUICK_SHARE if steps else QUICK_TOKENS)
+        self.held_out_quick = _windows(valid, context, at_once, quick)
+        self.quick_tokens = self.held_out_quick.targets
         self.last_evaluation: dict[str, float] = {}
 
     def batch(self, step: int) -> Batch:

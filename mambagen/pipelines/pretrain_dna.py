@@ -9,10 +9,12 @@ From Python:
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from threading import Thread
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, ValidationError, field_validator
@@ -32,6 +34,7 @@ from mambagen.training.progress import Progress
 from mambagen.training.run_folder import RunFolder, read_metrics
 
 log = logging.getLogger("mambagen")
+T = TypeVar("T")
 
 UNIFORM = math.log(4)
 
@@ -56,7 +59,7 @@ class PretrainDnaConfig(TrainConfig):
     n: Literal["ignore", "predict"] = "ignore"
     valid_fraction: float | None = Field(None, ge=0, lt=1)  # default: the data set's own split, else a tenth
     valid_records: tuple[str, ...] = ()
-    valid_tokens: int = Field(1 << 20, ge=1)
+    valid_tokens: int = Field(1 << 18, ge=1)
 
     @field_validator("size")
     @classmethod
@@ -186,7 +189,7 @@ class Job:
 
     task: DnaLanguageTask
     train: Stretches
-    baselines: dict[int, float]
+    baselines: Future[dict[int, float]]
     held_out: str
 
 
@@ -220,9 +223,12 @@ def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
         identity,
         _card(config, genome, train_part),
         rows_at_once=max(1, rows // config.accumulate),
+        steps=config.steps,
     )
-    progress.state("fitting the Markov chains ...")
-    baselines = fit_baselines(train_part, task.held_out, both_strands=config.reverse_complement)
+    baselines = _background(lambda: fit_baselines(train_part, task.held_out, both_strands=config.reverse_complement))
+    if choose_device(config.device).type == "cpu":  # where training needs the cores; beside a GPU they have time
+        progress.state("fitting the Markov chains ...")
+        baselines.result()
     pieces = len(valid_part)
     described = f"{task.held_out.targets:,} bases in {pieces} stretch{'es' if pieces != 1 else ''}"
     return Job(task, train_part, baselines, described)
@@ -243,14 +249,15 @@ def _train_and_report(
         f"{name} ({parameters:,} parameters) on {where}: {job.train.bases:,} bases to train on, {job.held_out}"
     )
     progress.note(f"held out; the run is in {run.path}")
-    lines = {f"order-{order} Markov": loss for order, loss in job.baselines.items()} | {"uniform": UNIFORM}
     title = f"{name} on {_data_names(config)}, context {config.context:,}"
     try:
         result = train(model, job.task, config, run, checkpoint, progress)
     except (InterruptedRun, DivergedError):
-        draw_loss(run.loss_plot, read_metrics(run.metrics_file), lines, title)
+        known = job.baselines.result() if job.baselines.done() else {}
+        draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(known), title)
         raise
-    draw_loss(run.loss_plot, read_metrics(run.metrics_file), lines, title)
+    baselines = job.baselines.result()
+    draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(baselines), title)
     return PretrainDnaResult(
         run=run.path,
         checkpoint=result.checkpoint,
@@ -258,13 +265,32 @@ def _train_and_report(
         parameters=parameters,
         loss=result.held_out.get("loss"),
         targets=int(result.held_out.get("targets", 0)),
-        baselines=job.baselines,
+        baselines=baselines,
         steps=result.position.step,
         tokens=result.position.tokens,
         seconds=result.position.seconds,
         tokens_per_second=result.tokens_per_second,
         held_out=job.held_out,
     )
+
+
+def _background(work: Callable[[], T]) -> "Future[T]":
+    """Do the work on a thread that does not hold up the end of the process (as an executor's would)."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="chains", daemon=True).start()
+    return future
+
+
+def _lines(baselines: Mapping[int, float]) -> dict[str, float]:
+    """The losses to beat, for the plot."""
+    return {f"order-{order} Markov": loss for order, loss in baselines.items()} | {"uniform": UNIFORM}
 
 
 def _data_names(config: PretrainDnaConfig) -> str:

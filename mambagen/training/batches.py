@@ -28,6 +28,7 @@ class Task(Protocol):
 
     identity: dict[str, Any]  # JSON values that a checkpoint has to share to be gone on from
     tokens_per_step: int
+    quick_tokens: int  # that a quick evaluation looks at
 
     def batch(self, step: int) -> Batch: ...
 

@@ -7,8 +7,9 @@ later ones, so when the host reads it the weights are still those from before th
 """
 
 import contextlib
-import math
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mambagen.errors import InterruptedRun, UsageError
+from mambagen.models.files import Writer
 from mambagen.training.batches import Batch, Prefetcher, Task, pieces
 from mambagen.training.checkpoint import Checkpoint, Position, clear_the_way, restore_checkpoint, save_checkpoint
 from mambagen.training.config import TrainConfig
@@ -23,11 +25,9 @@ from mambagen.training.divergence import diverged_error, examine, weights_are_fi
 from mambagen.training.optimizer import build_optimizer, set_learning_rate
 from mambagen.training.progress import Progress
 from mambagen.training.run_folder import Metrics, RunFolder
-from mambagen.training.schedule import Budget, learning_rate
+from mambagen.training.schedule import Budget, EvaluationPlan, learning_rate
 from mambagen.training.signals import stop_signals
 from mambagen.training.step_log import DivergedStep, Step, StepLog
-
-EVALUATIONS = 10  # on held-out data, spread evenly over a run's budget
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def train(
             rehearse(model, task, batches, config.accumulate, autocast)
         if saved is None:  # so that a run can be gone on with from its first moment, and a full disk shows now
             saved = save(position)
-        evaluations = max(0, math.floor(EVALUATIONS * budget.progress(position.step - 1, position.seconds)))  # so far
+        plan = EvaluationPlan(budget, position.step, position.seconds)
         clock_began = time.monotonic() - position.seconds
         step_seconds = 0.0
         log.restart_clock()
@@ -141,7 +141,8 @@ def train(
             position = Position(position.step + 1, position.tokens + task.tokens_per_step, seconds)
             log.add(Step(position, lr, loss, norm, batch), task.tokens_per_step)
 
-            evaluation_due = math.floor(EVALUATIONS * used) > evaluations and position.step != config.steps
+            speed = log.tokens_per_second
+            evaluation_due = plan.due(used, position.step, seconds, task.quick_tokens, speed)
             save_due = due_for_saving(config, position, saved_at)
             if log.due() or evaluation_due or save_due:
                 read()
@@ -149,8 +150,9 @@ def train(
             left = budget.seconds_left(position.step, position.seconds, step_seconds)
             progress.update(position.step, log.loss, log.tokens_per_second, left)
             if evaluation_due:
-                evaluations = math.floor(EVALUATIONS * used)
+                began = time.monotonic()
                 evaluate(quick=True)
+                plan.made(used, seconds, time.monotonic() - began)
             if save_due:
                 saved, saved_at = save(position), position
             if evaluation_due or save_due:
@@ -166,10 +168,19 @@ def train(
                 f"go on with --resume {run.path}",
                 stop.exit_code,
             )
-        held_out = evaluate(quick=False)
         if saved_at != position:
-            saved = save(position)
+            saved = save(position)  # before the evaluation, which may be long
+        held_out = evaluate(quick=False)
+        renew_card(saved, task.model_files(model))
     return TrainResult(held_out, saved, position, log.mean_tokens_per_second())
+
+
+def renew_card(checkpoint: Path, files: Mapping[str, Writer]) -> None:
+    """Write the README again, which says what was measured; it is the one file that the manifest does not list."""
+    if "README.md" in files:
+        partial = checkpoint.parent / f".{checkpoint.name}.README.partial"
+        files["README.md"](partial)
+        os.replace(partial, checkpoint / "README.md")
 
 
 def train_step(

@@ -24,7 +24,7 @@ class Progress:
     def update(self, step: int, loss: float | None, tokens_per_second: float, seconds_left: float) -> None:
         """Take in a step's loss (nats a target) and show the line when it is due."""
         if loss is not None and math.isfinite(loss):  # smoothed, as one small batch says little
-            self._average = loss if self._average is None else 0.9 * self._average + 0.1 * loss
+            self._average = loss if self._average is None else 0.75 * self._average + 0.25 * loss
         now = time.monotonic()
         if now - self._shown < (REDRAW_EVERY if self._live else PLAIN_EVERY):
             return

@@ -41,3 +41,36 @@ def learning_rate(peak: float, warmup: float, progress: float) -> float:
         return peak * progress / warmup
     along = min(1.0, (progress - warmup) / (1.0 - warmup))
     return peak * 0.5 * (1.0 + math.cos(math.pi * along))
+
+
+class EvaluationPlan:
+    """When to look at held-out data: ten times, evenly over the budget.
+
+    In a run in steps the evaluations depend on the step alone, so that every machine makes the same rows. In a run in
+    minutes one that would take more than a tenth of the time since the last is put off.
+    """
+
+    COUNT = 10
+    SHARE = 0.1
+    FORWARD_SPEED = 3.0  # of the forward pass against training: a guess before the first evaluation is made
+
+    def __init__(self, budget: Budget, step: int, seconds: float) -> None:
+        self._budget = budget
+        self._passed = max(0, math.floor(self.COUNT * budget.progress(step - 1, seconds)))
+        self._at = seconds
+        self._took: float | None = None
+
+    def due(self, used: float, step: int, seconds: float, tokens: int, tokens_per_second: float) -> bool:
+        """Whether to make one after `step`, where it looks at `tokens` (the one at the very end is made anyway)."""
+        if math.floor(self.COUNT * used) <= self._passed or step == self._budget.steps:
+            return False
+        if self._budget.steps is not None:
+            return True
+        took = self._took
+        if took is None:
+            took = tokens / (self.FORWARD_SPEED * tokens_per_second) if tokens_per_second else math.inf
+        return took <= self.SHARE * (seconds - self._at)
+
+    def made(self, used: float, seconds: float, took: float) -> None:
+        """One was made, in so many seconds."""
+        self._passed, self._at, self._took = math.floor(self.COUNT * used), seconds, took

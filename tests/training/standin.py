@@ -42,6 +42,7 @@ class CountingTask:
     """Sequences that count upwards modulo LETTERS with some noise; `poison` makes one window of one step infinite."""
 
     tokens_per_step = ROWS * LENGTH
+    quick_tokens = ROWS * LENGTH
 
     def __init__(self, poison: tuple[int, int] | None = None, empty_step: int | None = None) -> None:
         self.identity = {"job": "counting"}

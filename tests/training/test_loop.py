@@ -2,17 +2,21 @@
 
 import json
 import math
+import os
+import signal
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from mambagen.errors import DivergedError, UsageError
+from mambagen.errors import DivergedError, InterruptedRun, UsageError
 from mambagen.training.batches import Prefetcher
 from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
 from mambagen.training.loop import choose_device
 from mambagen.training.run_folder import read_metrics
-from mambagen.training.schedule import Budget, learning_rate
+from mambagen.training.schedule import Budget, EvaluationPlan, learning_rate
 from mambagen.training.step_log import StepLog
 from tests.training.standin import LENGTH, ROWS, CountingTask, SmallModel, run_standin
 
@@ -152,6 +156,41 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     assert learning_rate(2.0, 0.0, 0.0) == pytest.approx(2.0)
     assert Budget(None, 2.0).progress(5, 60.0, 6.0) == pytest.approx(63 / 120)
     assert Budget(10, None).progress(10, 1.0) == 1.0
+
+
+def test_evaluations_come_ten_times_and_take_no_more_than_a_tenth_of_a_run_in_minutes() -> None:
+    plan = EvaluationPlan(Budget(None, 1.0), step=0, seconds=0.0)
+    facts = {"tokens": 9000, "tokens_per_second": 1000.0}  # a guess of 3 s: not within the first 30 s
+    assert not plan.due(0.2, 20, 12.0, **facts)
+    assert plan.due(0.6, 60, 36.0, **facts)
+    plan.made(0.6, 36.0, took=0.5)
+    assert not plan.due(0.65, 65, 39.0, **facts)
+    assert not plan.due(0.7, 66, 40.0, tokens=9000, tokens_per_second=1000.0)
+    assert plan.due(0.75, 75, 45.0, **facts)
+    in_steps = EvaluationPlan(Budget(20, None), step=0, seconds=0.0)
+    assert not in_steps.due(0.09, 1, 1.0, **facts)
+    assert in_steps.due(0.11, 2, 1.0, **facts)
+    assert not in_steps.due(0.99, 20, 99.0, **facts)  # the last one is made anyway
+
+
+def test_a_run_in_minutes_goes_on_where_its_clock_stood(tmp_path: Path) -> None:
+    class Stopping(CountingTask):
+        def loss(self, model, tensors):  # type: ignore[no-untyped-def]
+            calls.extend([1] if model.training else [])
+            if model.training and len(calls) == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().loss(model, tensors)
+
+    calls: list[int] = []
+    with pytest.raises(InterruptedRun):
+        run_standin(tmp_path / "a", resume=False, minutes=0.05, save_every="10m", task=Stopping())
+    time.sleep(1)
+    result = run_standin(tmp_path / "a", resume=True, minutes=0.05, save_every="10m")
+    assert 2.9 < result.position.seconds < 4
+    rows = [row for row in read_metrics(tmp_path / "a" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, result.position.step + 1))
+    gaps = [after["seconds"] - before["seconds"] for before, after in pairwise(rows)]
+    assert max(gaps) < 0.9  # the second of the pause is not on the clock
 
 
 def test_batches_come_in_order_and_an_error_of_the_thread_is_raised() -> None:
