@@ -62,6 +62,20 @@ def _unsupported(op: str, backend: str, x: Tensor, facts: dict[str, object]) -> 
     return check(x, **facts) if check else None
 
 
+def is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether autograd can be entered directly: nothing traces, fakes or transforms these tensors.
+
+    An op registered with torch.library costs some 0.1 ms of Python a call; an autograd function a fifth of that.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+    ):
+        return False
+    return all(v is None or type(v) in (Tensor, torch.nn.Parameter) for v in tensors)
+
+
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
     """ValueError unless the tensor, where given, has this shape."""
     if tensor is not None and tuple(tensor.shape) != shape:

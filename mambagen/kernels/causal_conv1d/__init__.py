@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambagen.kernels.causal_conv1d.reference import causal_conv1d_reference
-from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend
+from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, is_plain_eager
 
 __all__ = ["causal_conv1d", "causal_conv1d_reference"]
 
@@ -79,7 +79,8 @@ def causal_conv1d(
         weight = weight.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
         past = None if initial_state is None else initial_state.to(x.dtype).contiguous()
-        y, final = _forward(x, weight, bias, activation == "silu", past, resets, reverse, chosen)
+        run = _Eager.apply if is_plain_eager(x, weight, bias, past) else _forward
+        y, final = run(x, weight, bias, activation == "silu", past, resets, reverse, chosen)
     return (y, final) if return_final_state else y
 
 
@@ -116,6 +117,13 @@ def _backward(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _backward_now(dy, dfinal, x, weight, bias, silu, initial_state, resets, reverse, backend)
+
+
+def _backward_now(dy, dfinal, *inputs):  # type: ignore[no-untyped-def]
+    """The backend's backward; gradients of what was not given are empty tensors, as the registered op must return."""
+    *rest, backend = inputs
+    x, weight = inputs[:2]
     run = backend_module("causal_conv1d", backend).backward
     if dy is None:
         dy = torch.zeros_like(x)
@@ -124,8 +132,7 @@ def _backward(
         dy = dy.contiguous()
     if dfinal is not None:
         dfinal = dfinal.to(x.dtype).contiguous()
-    grads = run(dy, dfinal, x, weight, bias, silu, initial_state, resets, reverse)
-    return tuple(weight.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
+    return tuple(weight.new_empty(0) if g is None else g for g in run(dy, dfinal, *rest))
 
 
 @_backward.register_fake
@@ -140,9 +147,9 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, weight, bias, initial_state, resets)
 
 
-def _gradients(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
+def _gradients(ctx, dy, dfinal, *, backward=None):  # type: ignore[no-untyped-def]
     x, weight, bias, initial_state, resets = ctx.saved_tensors
-    dx, dweight, dbias, dinitial = _backward(
+    dx, dweight, dbias, dinitial = (backward or _backward)(
         dy, dfinal, x, weight, bias, ctx.silu, initial_state, resets, ctx.reverse, ctx.backend
     )
     return (
@@ -163,3 +170,18 @@ def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
 
 _forward.register_autograd(_gradients, setup_context=_setup)
 _backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+class _Eager(torch.autograd.Function):
+    """The same op entered without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = backend_module("causal_conv1d", inputs[-1]).forward(*inputs[:-1])
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        # with create_graph=True the registered op runs, which refuses to be differentiated once more
+        return _gradients(ctx, *gradients, backward=_backward if torch.is_grad_enabled() else _backward_now)

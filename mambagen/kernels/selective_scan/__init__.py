@@ -16,7 +16,7 @@ and contiguous; `resets` is bool.
 import torch
 from torch import Tensor
 
-from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend
+from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, is_plain_eager
 from mambagen.kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["selective_scan", "selective_scan_reference"]
@@ -111,9 +111,8 @@ def selective_scan(
     D, dt_bias, initial_state = (None if v is None else v.float().contiguous() for v in (D, dt_bias, initial_state))
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    y, final, _ = _forward(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, resets, reverse, save, chosen
-    )  # fmt: skip
+    run = _Eager.apply if is_plain_eager(*tensors) else _forward
+    y, final, _ = run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, resets, reverse, save, chosen)
     y = y.to(given_dtype)
     return (y, final) if return_final_state else y
 
@@ -175,12 +174,21 @@ def _backward(
     saved: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward_now(
+        dy, dfinal, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, resets, reverse, saved, backend
+    )  # fmt: skip
+
+
+def _backward_now(dy, dfinal, *inputs):  # type: ignore[no-untyped-def]
+    """The backend's backward; gradients of what was not given are empty tensors, as the registered op must return."""
+    *rest, backend = inputs
+    x, A = inputs[0], inputs[2]
     run = backend_module("selective_scan", backend).backward
     dy = torch.zeros_like(x) if dy is None else _rows(dy.to(x.dtype))
     if dfinal is not None:
         dfinal = dfinal.contiguous()
-    grads = run(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, resets, reverse, saved)
-    return tuple(A.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
+    grads = run(dy, dfinal, *rest)
+    return tuple(A.new_empty(0) if g is None else g for g in grads)
 
 
 @_backward.register_fake
@@ -197,11 +205,11 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tensors, initial_state, resets, output[2])
 
 
-def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
+def _gradients(ctx, dy, dfinal, _, *, backward=None):  # type: ignore[no-untyped-def]
     x, dt, A, B, C, D, z, dt_bias, initial_state, resets, saved = ctx.saved_tensors
     if saved.numel() == 0:
         raise RuntimeError("selective_scan: the forward ran without saving for a backward")
-    dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = _backward(
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = (backward or _backward)(
         dy, dfinal, x, dt, A, B, C, D, z, dt_bias,
         ctx.dt_softplus, initial_state, resets, ctx.reverse, saved, ctx.backend,
     )  # fmt: skip
@@ -221,3 +229,18 @@ def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
 
 _forward.register_autograd(_gradients, setup_context=_setup)
 _backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+class _Eager(torch.autograd.Function):
+    """The same op entered without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = backend_module("selective_scan", inputs[-1]).forward(*inputs[:-1])
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        # with create_graph=True the registered op runs, which refuses to be differentiated once more
+        return _gradients(ctx, *gradients, backward=_backward if torch.is_grad_enabled() else _backward_now)
