@@ -4,6 +4,7 @@ A graph replays what was recorded, on the same addresses: inputs are copied into
 into tensors that it keeps for the parameters. Every piece must have the shapes of the one that it was recorded with.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -68,6 +69,16 @@ class GraphedPass:
             parameter.grad = gradient
 
 
-def pays(piece: dict[str, Tensor], device: torch.device) -> bool:
-    """Whether recording a graph for pieces like this one is worth it."""
-    return device.type == "cuda" and max(tensor.numel() for tensor in piece.values()) <= MAX_TOKENS
+def record(
+    model: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], example: dict[str, Tensor]
+) -> GraphedPass | None:
+    """A graph for pieces like `example`, or None: no GPU, nothing to gain, or the pass cannot be recorded."""
+    sizes = [tensor.numel() for tensor in example.values() if tensor.is_cuda]
+    if not sizes or max(sizes) > MAX_TOKENS:
+        return None
+    try:
+        return GraphedPass(model, loss, example)
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        logging.getLogger("mambagen").debug("no CUDA graph: %s", error)
+        return None

@@ -21,6 +21,7 @@ from mambagen.models.files import Writer
 from mambagen.training.batches import Batch, Prefetcher, Task, pieces
 from mambagen.training.checkpoint import Checkpoint, Position, clear_the_way, restore_checkpoint, save_checkpoint
 from mambagen.training.config import TrainConfig
+from mambagen.training.cuda_graph import GraphedPass, record
 from mambagen.training.divergence import diverged_error, examine, weights_are_finite
 from mambagen.training.optimizer import build_optimizer, set_learning_rate
 from mambagen.training.progress import Progress
@@ -117,10 +118,11 @@ def train(
 
         saved: Path | None = checkpoint.path if checkpoint else None
         saved_at = position
+        graph: GraphedPass | None = None
         used = budget.progress(position.step, position.seconds)
         if used < 1:
             progress.state("preparing: the first batch goes through once (kernels may be compiled) ...")
-            rehearse(model, task, batches, config.accumulate, autocast)
+            graph = rehearse(model, task, batches, config.accumulate, autocast)
         if saved is None:  # so that a run can be gone on with from its first moment, and a full disk shows now
             saved = save(position)
         plan = EvaluationPlan(budget, position.step, position.seconds)
@@ -136,7 +138,7 @@ def train(
             lr = learning_rate(config.lr, config.warmup, used)
             set_learning_rate(optimizer, lr)
             batch = batches.next()
-            loss, norm = train_step(model, task, batch, optimizer, bad, config, autocast)
+            loss, norm = train_step(model, task, batch, optimizer, bad, config, autocast, graph)
             seconds = time.monotonic() - clock_began
             position = Position(position.step + 1, position.tokens + task.tokens_per_step, seconds)
             log.add(Step(position, lr, loss, norm, batch), task.tokens_per_step)
@@ -191,6 +193,7 @@ def train_step(
     bad: Tensor,
     config: TrainConfig,
     autocast: "Autocast",
+    graph: GraphedPass | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update. Returns the batch's loss (sum of nats) and the gradient's norm before clipping, on the device.
 
@@ -199,7 +202,8 @@ def train_step(
     """
     if batch.targets == 0:
         return torch.zeros_like(bad), torch.zeros_like(bad)
-    loss = forward_backward(model, task, pieces(batch, config.accumulate, bad.device), batch.targets, autocast)
+    parts = pieces(batch, config.accumulate, bad.device)
+    loss = forward_backward(model, task, parts, batch.targets, autocast, graph)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     bad.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
     optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -209,25 +213,42 @@ def train_step(
 
 
 def forward_backward(
-    model: nn.Module, task: Task, parts: list[dict[str, Tensor]], targets: int, autocast: "Autocast"
+    model: nn.Module,
+    task: Task,
+    parts: list[dict[str, Tensor]],
+    targets: int,
+    autocast: "Autocast",
+    graph: GraphedPass | None = None,
 ) -> Tensor:
     """Add the gradient of the mean loss over all `targets` of the parts; returns the sum of the loss."""
     total: Tensor | None = None
     for part in parts:
-        loss = autocast.loss(task, model, part)
-        (loss / targets).backward()
+        if graph and graph.fits(part):
+            loss = graph(part, targets)
+        else:
+            loss = autocast.loss(task, model, part)
+            (loss / targets).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
     return total
 
 
-def rehearse(model: nn.Module, task: Task, batches: Prefetcher, accumulate: int, autocast: "Autocast") -> None:
-    """Send the first batch's first piece forward and back without an update: kernels are compiled, memory is tried."""
+def rehearse(
+    model: nn.Module, task: Task, batches: Prefetcher, accumulate: int, autocast: "Autocast"
+) -> GraphedPass | None:
+    """Send the first batch's first piece forward and back without an update: kernels are compiled, memory is tried.
+
+    On a GPU, pieces that are small enough for it are recorded as a CUDA graph, which is returned.
+    """
     batch = batches.peek()
+    graph = None
     if batch.targets:
+        first = pieces(batch, accumulate, autocast.device)[:1]
         with torch.random.fork_rng([autocast.device] if autocast.device.type == "cuda" else []):
-            forward_backward(model, task, pieces(batch, accumulate, autocast.device)[:1], batch.targets, autocast)
+            forward_backward(model, task, first, batch.targets, autocast)
+            graph = record(model, lambda tensors: autocast.loss(task, model, tensors), first[0])
     model.zero_grad(set_to_none=True)
+    return graph
 
 
 def due_for_saving(config: TrainConfig, position: Position, saved_at: Position) -> bool:
