@@ -143,7 +143,7 @@ def as_table(result: "PretrainDnaResult") -> str:
     else:
         rows = [(f"{result.name} ({result.parameters:,} parameters)", result.loss)]
         rows += [(f"Markov chain of order {order}", loss) for order, loss in result.baselines.items()]
-        rows += [("uniform", math.log(4))]
+        rows += [("uniform", result.uniform)]
         width = max(len(name) for name, _ in rows)
         lines += ["", f"held out: {result.held_out}", ""]
         lines += [f"{'':<{width}}  perplexity  bits/base"]
@@ -153,7 +153,8 @@ def as_table(result: "PretrainDnaResult") -> str:
         "",
         f"checkpoint  {result.checkpoint}",
         f"loss plot   {result.run / 'loss.png'}",
-        f"next        {next_step(result)}",
+        f"train on    mambagen pretrain-dna --resume {result.run} --minutes {longer(result)}",
+        "your data   mambagen pretrain-dna --data GENOME.fa.gz --size 1.4m --minutes 60",
     ]
     return "\n".join(lines)
 
@@ -173,9 +174,9 @@ def verdict(result: "PretrainDnaResult") -> str:
     return f"The model beats {chains}, and is {behind}: {advice}."
 
 
-def next_step(result: "PretrainDnaResult") -> str:
-    """A command that does more than this run did."""
-    return f"mambagen pretrain-dna --resume {result.run} --minutes {max(10, math.ceil(result.seconds / 60) * 10)}"
+def longer(result: "PretrainDnaResult") -> int:
+    """Minutes for the whole of a run that is about ten times this one."""
+    return max(10, math.ceil(result.seconds / 60) * 10)
 
 
 def as_machine(result: "PretrainDnaResult") -> str:

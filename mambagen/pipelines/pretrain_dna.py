@@ -36,8 +36,6 @@ from mambagen.training.run_folder import RunFolder, read_metrics
 log = logging.getLogger("mambagen")
 T = TypeVar("T")
 
-UNIFORM = math.log(4)
-
 # What a run cannot change when it goes on: it would be another model, or other data in another order.
 FIXED = (
     *("data", "size", "model", "objective", "context", "batch_tokens", "seed", "reverse_complement"),
@@ -103,6 +101,7 @@ class PretrainDnaResult:
     loss: float | None
     targets: int
     baselines: dict[int, float]  # Markov order -> loss
+    uniform: float  # loss of a guess among the letters that are predicted
     steps: int
     tokens: int
     seconds: float
@@ -250,14 +249,15 @@ def _train_and_report(
     )
     progress.note(f"held out; the run is in {run.path}")
     title = f"{name} on {_data_names(config)}, context {config.context:,}"
+    uniform = math.log(len(config.tokenizer().letters))
     try:
         result = train(model, job.task, config, run, checkpoint, progress)
     except (InterruptedRun, DivergedError):
         known = job.baselines.result() if job.baselines.done() else {}
-        draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(known), title)
+        draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(known, uniform), title)
         raise
     baselines = job.baselines.result()
-    draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(baselines), title)
+    draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(baselines, uniform), title)
     return PretrainDnaResult(
         run=run.path,
         checkpoint=result.checkpoint,
@@ -266,6 +266,7 @@ def _train_and_report(
         loss=result.held_out.get("loss"),
         targets=int(result.held_out.get("targets", 0)),
         baselines=baselines,
+        uniform=uniform,
         steps=result.position.step,
         tokens=result.position.tokens,
         seconds=result.position.seconds,
@@ -288,9 +289,9 @@ def _background(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def _lines(baselines: Mapping[int, float]) -> dict[str, float]:
+def _lines(baselines: Mapping[int, float], uniform: float) -> dict[str, float]:
     """The losses to beat, for the plot."""
-    return {f"order-{order} Markov": loss for order, loss in baselines.items()} | {"uniform": UNIFORM}
+    return {f"order-{order} Markov": loss for order, loss in baselines.items()} | {"uniform": uniform}
 
 
 def _data_names(config: PretrainDnaConfig) -> str:

@@ -44,11 +44,8 @@ def draw_loss(file: Path, rows: Sequence[Mapping[str, Any]], baselines: Mapping[
     for (name, loss), style in zip(baselines.items(), ("--", "-.", ":", (0, (1, 3))) * len(baselines), strict=False):
         axes.axhline(loss, color=GREY, linestyle=style, linewidth=1, label=f"{name} (perplexity {math.exp(loss):.3f})")
 
-    values = sorted([row["loss"] for row in steps] + [row["valid_loss"] for row in held_out] + list(baselines.values()))
-    if values:  # the first steps may lie far above: leave out the highest hundredth
-        low, high = values[0], values[min(len(values) - 1, int(0.99 * len(values)))]
-        high = max(high, *baselines.values(), low + 0.05) if baselines else max(high, low + 0.05)
-        axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    low, high = window([row["loss"] for row in steps], [row["valid_loss"] for row in held_out], [*baselines.values()])
+    axes.set_ylim(low, high)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("tokens seen in training")
     axes.set_ylabel("loss (nats a base)")
@@ -61,7 +58,7 @@ def draw_loss(file: Path, rows: Sequence[Mapping[str, Any]], baselines: Mapping[
     perplexity.yaxis.set_major_formatter(FormatStrFormatter("%.2f"))
     perplexity.spines["right"].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False, loc="upper right")
+        figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
 
     partial = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
@@ -69,6 +66,16 @@ def draw_loss(file: Path, rows: Sequence[Mapping[str, Any]], baselines: Mapping[
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def window(training: Sequence[float], held_out: Sequence[float], baselines: Sequence[float]) -> tuple[float, float]:
+    """Limits of the axis that show the end of a run well: its steep beginning runs out at the top."""
+    settled = sorted(training[len(training) // 5 :])
+    inner = [settled[int(0.01 * len(settled))], settled[int(0.98 * len(settled))]] if settled else []
+    values = [*inner, *held_out[len(held_out) // 5 :], *baselines] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    margin = 0.06 * max(high - low, 0.02)
+    return low - margin, high + margin
 
 
 def smoothed(losses: NDArray[np.float64], share: float = 0.02) -> NDArray[np.float64]:

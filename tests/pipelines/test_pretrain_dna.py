@@ -48,7 +48,7 @@ def test_a_run_leaves_a_table_a_folder_and_a_model_that_loads(pretrain: Pretrain
         assert told in out
     assert "still behind" in out
     assert f"checkpoint  {Path('run/checkpoints/step-00000006')}" in out
-    assert "next        mambagen pretrain-dna --resume run --minutes" in out
+    assert "train on    mambagen pretrain-dna --resume run --minutes 10\n" in out
     model, tokenizer = mambagen.load(run / "checkpoints" / "step-00000006")
     assert sum(p.numel() for p in model.parameters()) < 10_000
     assert tokenizer.lower_case == "same"
@@ -190,6 +190,6 @@ def test_every_setting_has_an_option_and_every_option_a_setting() -> None:
 )
 def test_the_verdict_says_which_baselines_still_win(loss: float, said: str) -> None:
     result = PretrainDnaResult(
-        Path("r"), Path("c"), "Mamba", 1, loss, 9, {0: 1.35, 3: 1.31, 8: 1.33}, 1, 1, 1.0, 1.0, "9 bases"
+        Path("r"), Path("c"), "Mamba", 1, loss, 9, {0: 1.35, 3: 1.31, 8: 1.33}, 1.39, 1, 1, 1.0, 1.0, "9 bases"
     )  # fmt: skip
     assert verdict(result).startswith(said)

@@ -222,3 +222,18 @@ def test_infinities_are_exit_7_and_name_the_records(
     assert [f"{w['record']} at {w['start'] + 1:,} ({w['strand']})" in line for w in bad] == [True]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
     assert (tmp_path / "run" / "loss.png").is_file()
+
+
+def test_no_memory_is_exit_6_with_advice(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from mambagen.pipelines.dna_language_model import DnaLanguageTask
+
+    def loss(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. More words")
+
+    monkeypatch.setattr(DnaLanguageTask, "loss", loss)
+    code, _, err = pretrain("--out", "run")
+    assert code == 6
+    assert "Tried to allocate 20.00 GiB" in one_line(err)
+    assert "--accumulate" in one_line(err)
