@@ -46,7 +46,10 @@ def cpu_name() -> str:
 
 
 def median_ms(run: Callable[[], object], device: str = "cuda", seconds: float = 0.15) -> float:
-    """The median time of a call in milliseconds: by CUDA events on a GPU, by the clock on a CPU (5 runs; fewer after a minute)."""
+    """The median time of a call in milliseconds.
+
+    On a GPU by CUDA events; on a CPU by the clock, over five runs at least (two where they take more than a minute).
+    """
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -58,6 +61,14 @@ def median_ms(run: Callable[[], object], device: str = "cuda", seconds: float = 
         run()
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times)
+
+
+def graph_ms(run: Callable[[], object], milliseconds: int = 60) -> float:
+    """The median time of a call recorded as a CUDA graph: the GPU's own, without what launching from Python costs."""
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return float(do_bench_cudagraph(run, rep=milliseconds, return_mode="median"))
 
 
 def print_table(rows: list[dict[str, Any]], title: str = "") -> None:

@@ -81,7 +81,7 @@ def measure(name: str, model: nn.Module, batch: int, length: int, graph: bool = 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            row |= _rate(part, run, batch * length)
+            row |= _rate(part, run, batch * length, graph)
         except torch.cuda.OutOfMemoryError:
             row |= {f"{part} Mtok/s": None, f"{part} GB": None}
     return row
@@ -97,9 +97,10 @@ def recorded(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _rate(part: str, run: Callable[[], None], tokens: int) -> dict[str, float]:
+def _rate(part: str, run: Callable[[], None], tokens: int, graph: bool) -> dict[str, float | None]:
     milliseconds = median_ms(run, seconds=0.6)
-    return {f"{part} Mtok/s": tokens / milliseconds / 1e3, f"{part} GB": torch.cuda.max_memory_allocated() / 1e9}
+    memory = None if graph else torch.cuda.max_memory_allocated() / 1e9  # a graph's memory was taken when it was made
+    return {f"{part} Mtok/s": tokens / milliseconds / 1e3, f"{part} GB": memory}
 
 
 def linear_rows(layers: int, d_model: int, tokens: int = 1 << 20) -> list[dict[str, Any]]:
