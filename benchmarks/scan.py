@@ -3,8 +3,9 @@
     python -m benchmarks.scan [--out scan.json] [--figure lengths.png] [--quick]
 
 Times are medians in milliseconds of recorded CUDA graphs, bfloat16, state size 16, with z, D, dt_bias and softplus;
-"fwd" is inference, "fwd +" also saves what the backward needs. The limit of the forward is one ex2 an element (batch x length x channels x state),
-or the bytes of inputs and outputs, whichever is longer; of the backward about 21 issue slots an element or its bytes.
+"fwd" is inference, "fwd +" also saves what the backward needs. The limit of the forward is one ex2 an element (batch x
+length x channels x state) or the bytes of inputs and outputs, whichever takes longer; of the backward about 21 issue
+slots an element or its bytes.
 """
 
 import argparse
