@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 
 from mambagen.kernels.triton_rows import begins, load_rows, logistic, oriented, silu
 
-
 WRITES_INTO = True  # backward takes `dx_out`
 
 
@@ -31,6 +30,7 @@ class Tile(NamedTuple):
 # Forward loads 16 bytes a lane (bfloat16); backward has more to hold in registers.
 FORWARD = Tile(256, 4)
 BACKWARD = Tile(128, 8)
+BACKWARD_WIDE = Tile(128, 4)  # from five taps on
 PROGRAMS = 16  # a processor, about: what keeps enough loads under way
 SHORTEST_SEGMENT = 64  # steps, a multiple of every tile's rows
 
@@ -83,7 +83,7 @@ def backward(
     """dx, dweight, dbias and dinitial_state; see the package for shapes. `dx_out`, rows of any stride, receives dx."""
     batch, length, channels = x.shape
     width = weight.shape[1]
-    cut = _Cut.of(x, BACKWARD)
+    cut = _Cut.of(x, BACKWARD if width <= 4 else BACKWARD_WIDE)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx_out is None else dx_out
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     sum_weight = weight.new_empty(batch * cut.segments, width, channels)

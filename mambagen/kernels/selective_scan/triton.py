@@ -24,6 +24,8 @@ from torch import Tensor
 from mambagen.kernels.selective_scan.triton_backward import adjoint_ends_kernel, backward_kernel, sum_tiles_kernel
 from mambagen.kernels.selective_scan.triton_forward import pass_on_kernel, scan_kernel, segment_ends_kernel
 
+WRITES_INTO = True  # backward takes `dz_out`
+
 
 class Tile(NamedTuple):
     """What one program works on: channels, with how many warps, and steps an iteration (in the kernel of ends, too)."""
@@ -148,15 +150,18 @@ def backward(
     resets: Tensor | None,
     reverse: bool,
     saved: Tensor,
+    dz_out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients in the order of the package's contract; see there for shapes."""
+    """The gradients in the order of the package's contract; `dz_out`, rows of any stride, receives dz where given."""
     batch, length, channels = x.shape
     state = A.shape[1]
     tiling = tiling_for(state)
     cut = _Cut.of(x, A, B, tiling.backward, FILL_BACKWARD)
     flags = _flags(resets)
     dx, ddt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    dz = None if z is None else torch.empty_like(dx)
+    dz = dz_out
+    if z is not None and dz is None:
+        dz = torch.empty_like(dx)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     sum_A = A.new_empty(batch * cut.segments, channels, state)
     sum_D, sum_bias = (A.new_empty(batch * cut.segments, channels) for _ in range(2))
@@ -177,7 +182,7 @@ def backward(
         backward_kernel[cut.grid](
             dy, x, dt, A, B, C, D, z, dt_bias, flags, saved, entry, scratch,
             dx, ddt, dz, sum_A, parts_B, parts_C, sum_D, sum_bias, dinitial,
-            *_strides(dy, x, dt, B, C, z), *cut.sizes,
+            *_strides(dy, x, dt, B, C, z, dz), *cut.sizes,
             ROWS=cut.tile.rows, CHUNK=tiling.chunk, SOFTPLUS=dt_softplus, REVERSE=reverse, **cut.constants,
         )  # fmt: skip
         dB, dC = cut.sum_tiles(parts_B, B), cut.sum_tiles(parts_C, C)

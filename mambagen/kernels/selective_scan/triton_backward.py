@@ -161,6 +161,8 @@ def backward_kernel(
     C_time,
     z_batch,
     z_time,
+    dz_batch,
+    dz_time,
     length,
     segment_length,
     segments,
@@ -204,7 +206,7 @@ def backward_kernel(
     dC, _ = oriented(dC + (batch * tiles + tile) * length * STATE, STATE, length, REVERSE)
     if z is not None:
         z, z_time = oriented(z + batch * z_batch, z_time, length, REVERSE)
-        dz, _ = oriented(dz + batch * length * channels, channels, length, REVERSE)
+        dz, dz_time = oriented(dz + batch * dz_batch, dz_time, length, REVERSE)
     if resets is not None:
         resets += batch * length
     saved += batch * chunks * state_size
@@ -285,7 +287,8 @@ def backward_kernel(
                     open_ = logistic(zk)
                     before_gate = tl.sum(h * Ck, 0) + skip * xk
                     dzk = dyk * before_gate * open_ * (1.0 + zk * (1.0 - open_))
-                    tl.store(dz + out + c, dzk.to(dz.dtype.element_ty), mask=exists)
+                    row = dz + tl.cast(step, tl.int64) * dz_time
+                    tl.store(row + c, dzk.to(dz.dtype.element_ty), mask=exists)
                     dyk *= zk * open_
                 g = dyk[None, :] * Ck + w
                 w = decay(d, a2, cuts[k]) * g

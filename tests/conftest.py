@@ -1,0 +1,42 @@
+"""Without a GPU, tests with "triton" in their name run Triton's interpreter; no other test may notice it.
+
+Triton decides between compiling and interpreting where a function is decorated, its own library included, so the
+variable has to be set when triton is first imported. It is set while tests are collected and while one of those tests
+runs, and only then: it is inherited by the programs that other tests start, and would slow them down a thousandfold.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+HAS_GPU = Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
+VARIABLE = "TRITON_INTERPRET"
+
+
+def interpret(on: bool) -> None:
+    if on and not HAS_GPU:
+        os.environ[VARIABLE] = "1"
+    else:
+        os.environ.pop(VARIABLE, None)
+
+
+def pytest_configure() -> None:
+    interpret(True)
+    with contextlib.suppress(ImportError):  # no wheel for this platform: the tests skip themselves
+        import triton  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    interpret(False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    interpret("triton" in item.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    interpret(False)

@@ -1,0 +1,46 @@
+"""The Triton kernels compile for GPUs that are not there, within the registers those have."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    "scan_kernel",
+    "segment_ends_kernel",
+    "pass_on_kernel",
+    "adjoint_ends_kernel",
+    "backward_kernel",
+    "sum_tiles_kernel",
+    "conv_kernel",
+    "conv_backward_kernel",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton compiles on Linux")
+def test_triton_kernels_compile_for_hopper_with_hardly_a_spill(tmp_path: Path) -> None:
+    """In a process of its own, because this one may interpret them, and without what an earlier run compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_triton", "--target", "cuda:90", "--json"]
+    done = subprocess.run(
+        command,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert 0 < row["registers"] <= 255
+        assert row["spilled"] <= 64, row  # bytes a thread; a tile too large shows as hundreds
+        assert row["shared"] <= 48 << 10, row
