@@ -63,9 +63,11 @@ def s4d(
         y, final = s4d_reference(x, dt, A, C, D, discretisation, initial_state, resets, reverse)
         y = y.to(x.dtype)
         return (y, final) if return_final_state else y
-    system = _system(x, dt, A, C, discretisation, choose_kernel_backend(op, backend, x))
+    backend = choose_kernel_backend(op, backend, x)
     resets = None if resets is None else resets.bool()
-    y, state = run_as_convolution(system, x, initial_state, resets, reverse, return_final_state)
+    with torch.autocast(x.device.type, enabled=False):
+        system = _system(x, dt, A, C, discretisation, backend)
+        y, state = run_as_convolution(system, x, initial_state, resets, reverse, return_final_state)
     if D is not None:
         y = (y + D * x).to(x.dtype)
     return y if state is None else (y, state)

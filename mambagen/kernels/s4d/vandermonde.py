@@ -110,7 +110,8 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, g):  # type: ignore[no-untyped-def]
     c, z = ctx.saved_tensors
-    dc, dz = _backward(g.contiguous(), c, z, ctx.backend)
+    with torch.autocast(g.device.type, enabled=False):
+        dc, dz = _backward(g.contiguous(), c, z, ctx.backend)
     return dc, dz, None, None
 
 
