@@ -121,10 +121,27 @@ def mamba_mixer_forward(
     softplus, the bias of dt and the gate are done inside the scan. Under autocast the projections and the scan's
     inputs are in the low precision; A, D, the biases and h stay in float32.
     """
+    x, z = F.linear(x, weights.in_proj).chunk(2, dim=-1)
+    y, after = convolve_and_scan(x, z, weights, state, resets, backend=backend)
+    return F.linear(y, weights.out_proj), after
+
+
+def convolve_and_scan(
+    x: Tensor,
+    z: Tensor,
+    weights: MixerWeights,
+    state: MambaState | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, MambaState | None]:
+    """What is between in_proj and out_proj: signal x and gate z (batch, length, E) -> y like x, and the state.
+
+    With `reverse` time runs from the last position to the first; in_proj and out_proj of the weights are not used.
+    """
     w = weights
     rank, d_state = w.dt_proj.shape[1], w.A_log.shape[1]
     streams = state is not None
-    x, z = F.linear(x, w.in_proj).chunk(2, dim=-1)
     convolved = causal_conv1d(
         x,
         w.conv_weight.squeeze(1),
@@ -132,6 +149,7 @@ def mamba_mixer_forward(
         "silu",
         initial_state=None if state is None else state.conv,
         resets=resets,
+        reverse=reverse,
         return_final_state=streams,
         backend=backend,
     )
@@ -149,12 +167,13 @@ def mamba_mixer_forward(
         dt_softplus=True,
         initial_state=None if state is None else state.ssm,
         resets=resets,
+        reverse=reverse,
         return_final_state=streams,
         backend=backend,
     )
     y, ssm_state = scanned if isinstance(scanned, tuple) else (scanned, None)
     after = None if conv_state is None or ssm_state is None else MambaState(conv_state, ssm_state)
-    return F.linear(y, w.out_proj), after
+    return y, after
 
 
 def mamba_mixer_step(x: Tensor, weights: MixerWeights, state: MambaState) -> tuple[Tensor, MambaState]:

@@ -1,29 +1,38 @@
 """Models on disk: a folder of config.json, model.safetensors, README.md (the model card) and manifest.json.
 
-config.json: {"format": 1, "kind": "mamba-lm", "model": {MambaConfig}, "tokenizer": {...}}. Nothing is ever unpickled.
+config.json: {"format": 1, "kind": "mamba-lm", "model": {MambaConfig}, "tokenizer": {...}}; the kinds are in `KINDS`.
+Nothing is ever unpickled.
 """
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambagen import __version__
 from mambagen.errors import ModelError
 from mambagen.models.config import MambaConfig
 from mambagen.models.files import Writer, first_fault, read_json, verify_folder, write_folder_atomically
+from mambagen.models.heads import ClassifierConfig, EncoderModelConfig, MaskedLM, SequenceClassifier
 from mambagen.models.mamba_lm import MambaLM
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 # kind -> (config, model); a further head or backbone adds its line.
-KINDS: dict[str, tuple[type[MambaConfig], type[MambaLM]]] = {MambaLM.kind: (MambaConfig, MambaLM)}
+KINDS: dict[str, tuple[type[BaseModel], type[nn.Module]]] = {
+    MambaLM.kind: (MambaConfig, MambaLM),
+    MaskedLM.kind: (EncoderModelConfig, MaskedLM),
+    SequenceClassifier.kind: (ClassifierConfig, SequenceClassifier),
+}
+
+# A model of one of the kinds: an nn.Module with `kind` and `config`.
+Model = Any
 
 
 class ModelFile(BaseModel):
@@ -38,7 +47,7 @@ class ModelFile(BaseModel):
 
 
 def save_model(
-    model: MambaLM, folder: Path | str, tokenizer: Mapping[str, Any], card: str, replace: bool = False
+    model: Model, folder: Path | str, tokenizer: Mapping[str, Any], card: str, replace: bool = False
 ) -> None:
     """Write a model folder; it appears whole under its name or not at all.
 
@@ -54,7 +63,7 @@ def save_model(
     write_folder_atomically(folder, model_writers(model, tokenizer, card), unlisted=[CARD], replace=replace)
 
 
-def model_writers(model: MambaLM, tokenizer: Mapping[str, Any], card: str) -> dict[str, Writer]:
+def model_writers(model: Model, tokenizer: Mapping[str, Any], card: str) -> dict[str, Writer]:
     """The files of a model folder as writers, for a folder that holds more than the model (a checkpoint)."""
     fields = {"format": FORMAT, "kind": model.kind, "model": model.config.model_dump(), "tokenizer": dict(tokenizer)}
     config = json.dumps(fields, indent=2, allow_nan=False) + "\n"
@@ -65,11 +74,13 @@ def model_writers(model: MambaLM, tokenizer: Mapping[str, Any], card: str) -> di
     }
 
 
-def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[MambaLM, dict[str, Any]]:
+def load_model(
+    folder: Path | str, device: torch.device | str = "cpu", kinds: Sequence[str] | None = None
+) -> tuple[Model, dict[str, Any]]:
     """The model of a folder, in evaluation mode and float32 on `device`, and its config.json as a dictionary.
 
     The folder is verified against its manifest first, so a cut-off file or a flipped bit is found. Training
-    checkpoints, which are model folders with more in them, load too.
+    checkpoints, which are model folders with more in them, load too. `kinds` are those that the caller can use.
 
     Raises:
         ModelError: names the file that is missing, damaged, or of a version or kind that this mambagen does not know.
@@ -78,6 +89,8 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> tuple[
     verify_folder(folder, [CONFIG, WEIGHTS])
     fields = read_json(folder / CONFIG)
     kind, config = _checked_config(folder / CONFIG, fields)
+    if kinds is not None and kind not in kinds:
+        raise ModelError(f"{folder}: holds a model of kind {kind}; what is needed here is {' or '.join(kinds)}")
     tensors = read_tensors(folder / WEIGHTS)
     with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain; the caller's numbers stay
         model = KINDS[kind][1](config)
@@ -110,7 +123,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: damaged: {error}; take another copy") from error
 
 
-def model_card(model: MambaLM, title: str, data: str, licence: str, recipe: str, quality: str, extra: str = "") -> str:
+def model_card(model: Model, title: str, data: str, licence: str, recipe: str, quality: str, extra: str = "") -> str:
     """The text of a model's README.md.
 
     Args:
@@ -120,11 +133,15 @@ def model_card(model: MambaLM, title: str, data: str, licence: str, recipe: str,
     """
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
+    if isinstance(config, MambaConfig):
+        shape = f"{config.n_layer} layers, d_model {config.d_model}, d_state {config.d_state}"
+        what = "Mamba model"
+    else:
+        shape, what = config.description, "model"
     return (
         f"""# {title}
 
-A Mamba model ({model.kind}) with {parameters:,} parameters: {config.n_layer} layers, d_model {config.d_model}, \
-d_state {config.d_state}; written by mambagen {__version__}.
+A {what} ({model.kind}) with {parameters:,} parameters: {shape}; written by mambagen {__version__}.
 
 ```python
 import mambagen
@@ -148,13 +165,13 @@ model, tokenizer = mambagen.load("path/to/this/folder")
     )
 
 
-def stored_tensors(model: MambaLM) -> dict[str, Tensor]:
+def stored_tensors(model: Model) -> dict[str, Tensor]:
     """The tensors that a file holds: all but a tied head, which is the embedding and there once."""
-    tied = model.config.tie_embeddings
+    tied = getattr(model.config, "tie_embeddings", False)
     return {name: v for name, v in model.state_dict().items() if not (name == "lm_head.weight" and tied)}
 
 
-def assign_tensors(model: MambaLM, tensors: Mapping[str, Tensor], origin: object) -> None:
+def assign_tensors(model: Model, tensors: Mapping[str, Tensor], origin: object) -> None:
     """Copy tensors of any real dtype into a model; ModelError (naming `origin`) unless they are exactly its own."""
     expected = stored_tensors(model)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -171,7 +188,7 @@ def assign_tensors(model: MambaLM, tensors: Mapping[str, Tensor], origin: object
     model.load_state_dict(dict(tensors), strict=False)  # the names are checked above; a tied head is not among them
 
 
-def _checked_config(path: Path, fields: dict[str, object]) -> tuple[str, MambaConfig]:
+def _checked_config(path: Path, fields: dict[str, object]) -> tuple[str, BaseModel]:
     if fields.get("format") != FORMAT:
         found = fields.get("format")
         raise ModelError(f"{path}: format {found!r} is not known to this mambagen ({FORMAT}); upgrade mambagen")
