@@ -123,7 +123,7 @@ def pretrain_dna(
     job = prepare(config, progress)
     run = RunFolder.create(place)
     with run.lock():
-        run.write_config(config.model_dump())
+        run.write_config(to_keep(config).model_dump())
         model = MambaLM(config.mamba(), seed=config.seed)
         return _train_and_report(config, job, run, model, None, progress)
 
@@ -147,10 +147,11 @@ def resume_pretrain_dna(
     changes = validated(PretrainDnaConfig, overlaid(before.model_dump(exclude_none=True), given), options, config_file)
     config = resolved(changes)
     for name in FIXED:
-        if getattr(config, name) != getattr(before, name):
+        was, wanted = getattr(before, name), getattr(to_keep(config), name)
+        if was != wanted:
             raise UsageError(
-                f"--{name.replace('_', '-')} cannot change when a run goes on: {folder} has {getattr(before, name)!r}, "
-                f"not {getattr(config, name)!r}; leave it out, or begin a new run"
+                f"--{name.replace('_', '-')} cannot change when a run goes on: {folder} has {was!r}, not {wanted!r}; "
+                f"leave it out, or begin a new run"
             )
     with run.lock():
         checkpoint = newest_checkpoint(run.checkpoints)
@@ -161,25 +162,31 @@ def resume_pretrain_dna(
         for name, value in job.task.identity.items():
             if checkpoint.identity.get(name) != value:
                 raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
-        run.write_config(config.model_dump())
+        run.write_config(to_keep(config).model_dump())
         return _train_and_report(config, job, run, model, checkpoint, progress)
 
 
 def resolved(config: PretrainDnaConfig) -> PretrainDnaConfig:
-    """The configuration with nothing left to circumstances: absolute paths, threads, a budget."""
-    names = manifest_names()
-    data = tuple(
-        given if given in names or given == "-" else os.path.abspath(given) if os.path.lexists(given) else given
-        for given in config.data
-    )
+    """The configuration with threads and budget filled in; what cannot be is said here, before the data are read.
+
+    Raises:
+        UsageError: no such device, a batch that is less than a window, an impossible architecture.
+    """
+    choose_device(config.device)
+    config.rows()
+    config.mamba()
     cores = os.cpu_count() or 1
     threads = config.threads or torch.get_num_threads()
     if threads > cores:
         log.warning("%d threads on %d cores: using %d", threads, cores, cores)
-    choose_device(config.device)  # these say what cannot be, before the data are read
-    config.rows()
-    config.mamba()
-    return config.model_copy(update={"data": data, "threads": min(threads, cores)}).with_budget()
+    return config.model_copy(update={"threads": min(threads, cores)}).with_budget()
+
+
+def to_keep(config: PretrainDnaConfig) -> PretrainDnaConfig:
+    """The same for config.toml: files by their absolute paths, so that a run can go on from any folder."""
+    names = manifest_names()
+    data = (given if given in names or given == "-" else os.path.abspath(given) for given in config.data)
+    return config.model_copy(update={"data": tuple(data)})
 
 
 @dataclass(frozen=True)
@@ -244,10 +251,8 @@ def _train_and_report(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = config.model_name()
     where = f"{choose_device(config.device)}" + (f" after step {checkpoint.position.step}" if checkpoint else "")
-    progress.note(
-        f"{name} ({parameters:,} parameters) on {where}: {job.train.bases:,} bases to train on, {job.held_out}"
-    )
-    progress.note(f"held out; the run is in {run.path}")
+    progress.note(f"{name} ({parameters:,} parameters) on {where}; the run is in {run.path}")
+    progress.note(f"{job.train.bases:,} bases to train on; held out: {job.held_out}")
     title = f"{name} on {_data_names(config)}, context {config.context:,}"
     uniform = math.log(len(config.tokenizer().letters))
     try:
