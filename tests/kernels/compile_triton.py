@@ -27,6 +27,9 @@ from tests.kernels.helpers import draw_conv, draw_scan
 
 Row = dict[str, Any]
 
+SCAN_ORDER = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus", "initial_state", "resets", "reverse")
+CONV_ORDER = ("x", "weight", "bias", "activation", "initial_state", "resets", "reverse")
+
 SCANS: dict[str, dict[str, Any]] = {
     "bfloat16, 16 states": {"dtype": torch.bfloat16},
     "float32, 64 states, every option": {"state": 64, "strided": True, "resets": 0.1, "reverse": True, "groups": 2},
@@ -107,17 +110,15 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
     JITFunction.run = compile_only
     scan, conv = (backend_module(op, "triton") for op in ("selective_scan", "causal_conv1d"))
     for module in (scan, conv):
-        module.processors = lambda device: 64  # enough that the length is split
+        vars(module)["processors"] = lambda device: 64  # enough that the length is split
     for variant, options in {**SCANS, **(MORE_SCANS if every else {})}.items():  # noqa: B007 (compile_only reads it)
         case = draw_scan(**{"batch": 1, "length": 256, "channels": 64, **options})
-        order = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus", "initial_state", "resets", "reverse")
-        arguments = [case[name] for name in order]
+        arguments = [case[name] for name in SCAN_ORDER]
         y, final, saved = scan.forward(*arguments, True)
         scan.backward(y, final, *arguments, saved)
     for variant, options in {**CONVS, **(MORE_CONVS if every else {})}.items():  # noqa: B007
         case = draw_conv(**{"batch": 1, "length": 256, **options})
-        order = ("x", "weight", "bias", "activation", "initial_state", "resets", "reverse")
-        arguments = [case[name] == "silu" if name == "activation" else case[name] for name in order]
+        arguments = [case[name] == "silu" if name == "activation" else case[name] for name in CONV_ORDER]
         y, final = conv.forward(*arguments)
         conv.backward(y, final, *arguments)
     return rows
