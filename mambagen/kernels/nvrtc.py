@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 MAX_ERROR_LINES = 12
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 
 
 def cache_folder() -> Path:
@@ -81,6 +82,23 @@ def compile_cubin(source: str, defines: Mapping[str, object], architecture: str)
     return cubin
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, padded to 8 bytes, and 64 bytes of value."""
+
+    _fields_ = (("id", ctypes.c_uint64), ("value", ctypes.c_uint * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
 class Kernel:
     """One compiled function on one device; call it with a packed parameter struct."""
 
@@ -98,16 +116,40 @@ class Kernel:
                 self._call("cuFuncSetAttribute", self._function, 8, shared_bytes)
         self.name, self.device, self.shared_bytes = name, device, shared_bytes
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes) -> None:
-        """Launch on torch's current stream of the device; `parameters` is the kernel's one by-value argument."""
+    def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes, cluster: int = 1) -> None:
+        """Launch on torch's current stream of the device; `parameters` is the kernel's one by-value argument.
+
+        `cluster` blocks in a row form a thread-block cluster; above 8 the kernel must be `allow_large_clusters`.
+        """
         buffer = ctypes.create_string_buffer(parameters, len(parameters))
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        result = self._driver.cuLaunchKernel(
-            self._function, *grid, threads, 1, 1, self.shared_bytes, stream, arguments, None
-        )  # fmt: skip
+        if cluster == 1:
+            result = self._driver.cuLaunchKernel(
+                self._function, *grid, threads, 1, 1, self.shared_bytes, stream, arguments, None
+            )  # fmt: skip
+        else:
+            config = self._config(grid, threads, cluster, stream)
+            result = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, arguments, None)
         if result:
             raise RuntimeError(f"launching {self.name}{grid} failed: CUDA driver error {result}")
+
+    def allow_large_clusters(self) -> None:
+        """Clusters of more than 8 blocks, which not every chip has."""
+        self._call("cuFuncSetAttribute", self._function, 14, 1)  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+
+    def active_clusters(self, threads: int, cluster: int) -> int:
+        """How many clusters of that size run at the same time on the whole GPU."""
+        count = ctypes.c_int()
+        config = self._config((cluster, 1, 1), threads, cluster, ctypes.c_void_p())
+        self._call("cuOccupancyMaxActiveClusters", ctypes.byref(count), self._function, ctypes.byref(config))
+        return count.value
+
+    def _config(
+        self, grid: tuple[int, int, int], threads: int, cluster: int, stream: ctypes.c_void_p
+    ) -> "_LaunchConfig":
+        attribute = _LaunchAttribute(CLUSTER_DIMENSION, (ctypes.c_uint * 16)(cluster, 1, 1))
+        return _LaunchConfig(*grid, threads, 1, 1, self.shared_bytes, stream, ctypes.pointer(attribute), 1)
 
     def _call(self, function: str, *arguments: object) -> None:
         result = getattr(self._driver, function)(*arguments)

@@ -1,0 +1,73 @@
+// The instructions of a thread-block cluster (compute capability 9.0): stores into another block's shared memory that
+// count bytes on that block's barrier, bulk copies from global memory, and the tensor cores' product. No header needed.
+// Everything below prelude.cuh and this file that the decoder uses is plain C++, so that it can also run on a host.
+
+__device__ __forceinline__ u8* dynamic_shared() {
+  extern __shared__ __align__(128) u8 memory[];
+  return memory;
+}
+
+__device__ __forceinline__ u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The address, in the cluster's window, of the same place in another block's shared memory.
+__device__ __forceinline__ u32 in_block(u32 address, u32 rank) {
+  u32 r; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank)); return r;
+}
+
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
+  asm volatile("{ .reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1; }"
+               ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ bool barrier_test(u64* bar, u32 parity) {
+  u32 done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+  return done;
+}
+// Waits for what other blocks have sent.
+__device__ __forceinline__ void barrier_wait_cluster(u64* bar, u32 parity) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+  } while (!done);
+}
+
+// Asynchronous stores to another block; its barrier counts the bytes when they have landed.
+__device__ __forceinline__ void send(u32 to, float a, u32 bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+               ::"r"(to), "r"(__float_as_uint(a)), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void send(u32 to, float2 a, u32 bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
+               ::"r"(to), "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a.y)), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void send(u32 to, uint4 a, u32 bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+               ::"r"(to), "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(bar) : "memory");
+}
+
+// Weights, which are read again at every token, are the last to leave the second-level cache.
+__device__ __forceinline__ u64 keep_policy() {
+  u64 p; asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p)); return p;
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* bar, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy) : "memory");
+}
+
+// sum += a b on 16 x 16 and 16 x 8 bfloat16.
+__device__ __forceinline__ void multiply(float (&sum)[4], uint4 a, uint2 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+  u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r;
+}
+__device__ __forceinline__ float rsqrt_of(float v) { float r; asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
