@@ -27,7 +27,7 @@ Candidate = dict[str, Any]
 SCAN_TILES = tuple(itertools.product((32, 64), (1, 2), (1, 2, 4, 8)))  # channels, warps, rows
 FILLS = {"forward": ((0, 1), (3, 12), (8, 12), (8, 16)), "backward": ((0, 1), (6, 8), (8, 12))}
 CONV_TILES = tuple(itertools.product((64, 128, 256), (4, 8)))
-CONV_PROGRAMS = (8, 16, 32)
+CONV_PROGRAMS = (8, 12, 14, 32, 64)
 
 
 def candidates(what: str) -> list[Candidate]:
@@ -52,8 +52,7 @@ def call(what: str, candidate: Candidate, shape: tuple[int, int, int], state: in
     x = normal(*shape)
     if what.startswith("conv"):
         conv: Any = backend_module("causal_conv1d", "triton")
-        conv.FORWARD = conv.BACKWARD = conv.Tile(*candidate["tile"])
-        conv.PROGRAMS = candidate["programs"]
+        conv.FORWARD = conv.BACKWARD = conv.Tile(*candidate["tile"], candidate["programs"])
         weights = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
         inputs = (x, *weights, True, None, None, False)
         return lambda: conv.forward(*inputs) if what == "conv" else conv.backward(x, None, *inputs)

@@ -21,17 +21,19 @@ WRITES_INTO = True  # backward takes `dx_out`
 
 
 class Tile(NamedTuple):
-    """What one program, a single warp, works on: channels, and steps an iteration, whose rows are loaded together."""
+    """What one program, a single warp, works on: channels, and steps an iteration, whose rows are loaded together.
+
+    `programs` is how many a processor holds at once: the length is cut so that all of them run in one wave.
+    """
 
     channels: int
     rows: int
+    programs: int
 
 
 # Forward loads 16 bytes a lane (bfloat16); backward has more to hold in registers.
-FORWARD = Tile(256, 4)
-BACKWARD = Tile(128, 8)
-BACKWARD_WIDE = Tile(128, 4)  # from five taps on
-PROGRAMS = 16  # a processor, about: what keeps enough loads under way
+FORWARD = Tile(256, 4, 14)
+BACKWARD = Tile(128, 4, 14)
 SHORTEST_SEGMENT = 64  # steps, a multiple of every tile's rows
 
 
@@ -83,7 +85,7 @@ def backward(
     """dx, dweight, dbias and dinitial_state; see the package for shapes. `dx_out`, rows of any stride, receives dx."""
     batch, length, channels = x.shape
     width = weight.shape[1]
-    cut = _Cut.of(x, BACKWARD if width <= 4 else BACKWARD_WIDE)
+    cut = _Cut.of(x, BACKWARD)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx_out is None else dx_out
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     sum_weight = weight.new_empty(batch * cut.segments, width, channels)
@@ -292,9 +294,12 @@ def conv_backward_kernel(
     for _ in tl.static_range(PAST):
         dvs += (tl.zeros([TILE], tl.float32),)
     history = load_history(x, x_time, initial, first, channels, c, has_c, WIDTH)
+    stop = tl.minimum(end + PAST, length)  # what lies beyond is not needed, or not there
+    rows = load_rows(x, x_time, first, stop, c, has_c, ROWS)
+    dys = load_rows(dy, dy_time, first, stop, c, has_c, ROWS)
     for start in range(first, end + PAST, ROWS):
-        rows = load_rows(x, x_time, start, length, c, has_c, ROWS)
-        dys = load_rows(dy, dy_time, start, length, c, has_c, ROWS)
+        rows_next = load_rows(x, x_time, start + ROWS, stop, c, has_c, ROWS)
+        dys_next = load_rows(dy, dy_time, start + ROWS, stop, c, has_c, ROWS)
         seen = history + rows
         borders = None if resets is None else load_begins(resets, start - PAST, length, ROWS + PAST, REVERSE)
         for i in tl.static_range(ROWS):
@@ -336,6 +341,7 @@ def conv_backward_kernel(
                 tl.store(out + c, row.to(dinitial.dtype.element_ty), mask=has_c & (step < 0))
         history = last_of(seen, PAST, ROWS)
         dvs = last_of(dvs, PAST, ROWS)
+        rows, dys = rows_next, dys_next
 
     place = (batch * segments + segment) * channels
     for k in tl.static_range(WIDTH):
@@ -356,7 +362,7 @@ class _Cut(NamedTuple):
         batch, length, channels = x.shape
         tile = tile._replace(channels=min(tile.channels, triton.next_power_of_2(channels)))
         programs = batch * triton.cdiv(channels, tile.channels)
-        wanted = max(1, PROGRAMS * processors(x.device) // programs)
+        wanted = max(1, tile.programs * processors(x.device) // programs)
         segment_length = max(triton.cdiv(length, wanted), SHORTEST_SEGMENT)
         segment_length = triton.cdiv(segment_length, tile.rows) * tile.rows
         segments = triton.cdiv(length, segment_length)
