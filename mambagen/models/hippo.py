@@ -7,6 +7,7 @@ V* (A + P P^T) V = Lambda, in conjugate pairs. One of each pair is kept: `state`
 2 state real ones.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ def hippo_legs(size: int) -> tuple[Real, Real]:
     return -(np.tril(np.outer(root, root), -1) + np.diag(np.arange(size) + 1.0)), root
 
 
+@functools.cache
 def dplr_legs(state: int) -> tuple[Complex, Complex, Complex, Complex]:
     """HiPPO-LegS of size 2 state as diagonal plus low rank, A = V (diag(Lambda) - P P*) V*.
 

@@ -97,6 +97,8 @@ class S4D(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw all parameters anew from torch's global generator, on the CPU."""
+        if self.C.is_meta:
+            return  # there is nothing to draw into; parameters are being counted
         config = self.config
         A = torch.from_numpy(s4d_spectrum(config.init, config.d_state))
         self.log_dt.copy_(log_uniform(config.ssms, config.dt_min, config.dt_max))
@@ -108,12 +110,12 @@ class S4D(nn.Module):
 
     def system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt (ssms,), A and C (ssms, N), D (d_model,), as `mambagen.kernels.s4d` takes them; float32 at least."""
-        log_dt, log_A, C = (_wide(v) for v in (self.log_dt, self.log_A_real, self.C))
+        log_dt, log_A, C = (wide(v) for v in (self.log_dt, self.log_A_real, self.C))
         A_real = -(LEAST_DECAY + torch.exp(log_A))
-        D = _wide(self.D)
+        D = wide(self.D)
         if self.A_imag is None:
             return torch.exp(log_dt), A_real, C.squeeze(-1), D
-        return torch.exp(log_dt), torch.complex(A_real, _wide(self.A_imag)), torch.complex(*C.unbind(-1)), D
+        return torch.exp(log_dt), torch.complex(A_real, wide(self.A_imag)), torch.complex(*C.unbind(-1)), D
 
     def forward(
         self, x: Tensor, state: S4State | None = None, resets: Tensor | None = None, reverse: bool = False
@@ -202,11 +204,11 @@ def log_uniform(count: int, least: float, most: float) -> Tensor:
 def zero_state(
     like: Tensor, batch: int, config: SsmConfig, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> S4State:
-    wide = torch.promote_types(dtype or like.dtype, torch.float32)
-    zeros = torch.zeros(batch, config.d_model, config.d_state, device=device or like.device, dtype=wide)
+    dtype = torch.promote_types(dtype or like.dtype, torch.float32)
+    zeros = torch.zeros(batch, config.d_model, config.d_state, device=device or like.device, dtype=dtype)
     return S4State(zeros, zeros.clone())
 
 
-def _wide(v: Tensor) -> Tensor:
+def wide(v: Tensor) -> Tensor:
     """The tensor in float32 at least (float64 stays)."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
