@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mambagen.models import MambaBlock, MambaConfig, MambaLM, MambaMixer, MambaStack
+from mambagen.models.s4_mixer import S4, S4Config, S4Mixer
 from mambagen.models.s4d_mixer import S4D, S4DConfig, S4DMixer
 
 CONFIG = MambaConfig(d_model=16, n_layer=2, d_state=8)
@@ -38,6 +39,8 @@ CASES = {
     "s4d, one system for all channels": Case(lambda: S4D(S4DConfig(d_model=16, d_state=4, n_ssm=1)), vectors),
     "s4d mixer": Case(lambda: S4DMixer(S4DConfig(d_model=16, d_state=4)), vectors),
     "s4d mixer, real": Case(lambda: S4DMixer(S4DConfig(d_model=16, d_state=4, n_ssm=4, init="real")), vectors),
+    "s4, one system for all channels": Case(lambda: S4(S4Config(d_model=16, d_state=4, n_ssm=1)), vectors),
+    "s4 mixer": Case(lambda: S4Mixer(S4Config(d_model=16, d_state=4, kernel="cauchy")), vectors),
 }
 
 

@@ -8,6 +8,7 @@ from scipy import stats
 
 from mambagen.models.hippo import dplr_legs, hippo_legs, s4d_spectrum
 from mambagen.models.optimiser_groups import parameter_groups
+from mambagen.models.s4_mixer import S4, S4Config
 from mambagen.models.s4d_mixer import S4D, S4DConfig, S4DMixer
 
 
@@ -102,3 +103,35 @@ def test_impossible_configs_are_refused():
     ):
         with pytest.raises(ValidationError, match=message):
             S4DConfig(d_model=4, **change)
+
+
+def test_s4_begins_as_hippo_legs():
+    dt, Lambda, P, B, C, D = (v.detach().numpy() for v in S4(S4Config(d_model=3, d_state=8)).system())
+    for ours, exact in zip((Lambda, P, B), dplr_legs(8)[:3], strict=True):
+        np.testing.assert_allclose(ours, np.tile(exact, (3, 1)), rtol=1e-5, atol=1e-5)
+    assert (dt > 0).all()
+    assert (D == 1).all()
+    assert C.shape == (3, 8)
+
+
+def test_s4_cannot_be_trained_into_growing():
+    torch.manual_seed(0)
+    ssm = S4(S4Config(d_model=4, d_state=8))
+    with torch.no_grad():
+        ssm.log_Lambda_real.fill_(-1e3)
+        for parameter in (ssm.P, ssm.Lambda_imag, ssm.log_dt):
+            parameter.add_(3 * torch.randn_like(parameter))
+    _, state = ssm(torch.randn(1, 64, 4), ssm.allocate_state(1))
+    size = state.complex.abs().square().sum((0, 2))
+    for _ in range(3):
+        _, state = ssm(torch.zeros(1, 500, 4), state)
+        after = state.complex.abs().square().sum((0, 2))
+        assert (after <= size * 1.001).all()
+        size = after
+
+
+def test_s4_gives_its_rate_to_all_but_the_readout():
+    of = {name: group for group in parameter_groups(S4(S4Config(d_model=4, d_state=3)), 0.1) for name in group["names"]}
+    slow = {name for name, group in of.items() if group["lr_scale"] == 0.1}
+    assert slow == {"log_dt", "log_Lambda_real", "Lambda_imag", "P", "B"}
+    assert {group["weight_decay"] for group in of.values()} == {0.0}
