@@ -9,6 +9,8 @@ CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_
 
 # The keys of mambagen.models.MAMBA_SIZES, repeated here so that --help need not import torch (a test compares them).
 SIZES = ("250k", "700k", "1.4m", "3.5m", "7m", "19m", "41m")
+# Those of mambagen.models.encoders that see both sides.
+ENCODERS = ("bigs", "bigs-stack", "bimamba", "bert")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 

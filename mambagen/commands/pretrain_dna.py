@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, PRECISIONS, SIZES, debug_option, given
+from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, ENCODERS, PRECISIONS, SIZES, debug_option, given
 from mambagen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ Examples:
   mambagen pretrain-dna --data genome.fa.gz --size 7m --minutes 60
   mambagen pretrain-dna --data chr1.fa chr2.fa --valid-records chr2 --steps 5000
   mambagen pretrain-dna --resume runs/pretrain-dna-20250131-120000
+  mambagen pretrain-dna --objective mlm --encoder bigs --context 128 --out runs/bigs
+  mambagen pretrain-dna --resume runs/bigs --context 4096
 """
 
 
@@ -33,7 +35,23 @@ Examples:
 @click.argument("more_data", metavar="", nargs=-1)
 @click.option("--size", type=click.Choice(SIZES), help="Parameters of the model.  [default: 250k]")
 @click.option("--context", type=int, metavar="N", help="Bases in a window.  [default: 1024]")
-@click.option("--objective", type=click.Choice(["ar"]), help="ar: predict each next base.  [default: ar]")
+@click.option(
+    "--objective",
+    type=click.Choice(["ar", "mlm"]),
+    help="ar: predict each next base; mlm: predict masked bases from both sides.  [default: ar]",
+)
+@click.option(
+    "--encoder",
+    type=click.Choice(ENCODERS),
+    help="Of masked models (bigs unless given), with as many parameters as the --size says.",
+)
+@click.option(
+    "--equivariant",
+    is_flag=True,
+    default=None,
+    help="Of masked models: read both strands, so that the other strand's answer is exactly the answer's other strand.",
+)
+@click.option("--from", "start_from", metavar="MODEL", help="Begin with the weights of this model folder.")
 @click.option("--steps", type=int, metavar="N", help="Train for exactly N updates.")
 @click.option(
     "--minutes", type=float, metavar="M", help="Train for M minutes; the schedule follows the clock.  [default: 1]"
@@ -41,7 +59,12 @@ Examples:
 @click.option(
     "--batch-tokens", type=int, metavar="N", help="Bases in an update, all windows together.  [default: 8192]"
 )
-@click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: 0.008]")
+@click.option(
+    "--lr",
+    type=float,
+    metavar="X",
+    help="Peak learning rate; of encoders less unless given: bimamba 0.004, bigs 0.002, bert 0.001.  [default: 0.008]",
+)
 @click.option("--warmup", type=float, metavar="SHARE", help="Share of the budget in which it rises.  [default: 0.1]")
 @click.option("--weight-decay", type=float, metavar="X", help="AdamW's weight decay.  [default: 0.1]")
 @click.option("--clip", type=float, metavar="X", help="Largest norm of the gradient.  [default: 1.0]")
@@ -83,7 +106,8 @@ Examples:
     "--resume",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Go on with this run; budget and learning rate may change.",
+    help="Go on with this run; budget and learning rate may change. A masked model with another --context: a "
+    "new run beside it (or in --out) that begins with its weights.",
 )
 @click.option(
     "--config",
@@ -110,7 +134,7 @@ def pretrain_dna(
     """
     if more_data and not data:
         raise UsageError(f"{more_data[0]!r} stands alone: data come after --data, as in --data {' '.join(more_data)}")
-    if out and resume:
+    if out and resume and settings["context"] is None:
         raise UsageError("--out and --resume do not go together: a run goes on in its own folder")
     records = tuple(name for text in valid_records for name in text.split(",") if name)
     options = given(data=data + more_data, valid_records=records, **settings)
@@ -126,7 +150,7 @@ def pretrain_dna(
         from mambagen.training.config import configure
 
         if resume:
-            result = run_resumed(resume, options, config, progress)
+            result = run_resumed(resume, options, config, progress, out)
         else:
             result = run_new(configure(PretrainDnaConfig, config, options), out, progress)
     click.echo(as_machine(result) if as_json else as_table(result))
@@ -142,12 +166,14 @@ def as_table(result: "PretrainDnaResult") -> str:
         lines += ["", "nothing is held out, so nothing is measured"]
     else:
         rows = [(f"{result.name} ({result.parameters:,} parameters)", result.loss)]
-        rows += [(f"Markov chain of order {order}", loss) for order, loss in result.baselines.items()]
+        rows += [(baseline_name(result, key), loss) for key, loss in result.baselines.items()]
         rows += [("uniform", result.uniform)]
         width = max(len(name) for name, _ in rows)
         lines += ["", f"held out: {result.held_out}", ""]
         lines += [f"{'':<{width}}  perplexity  bits/base"]
         lines += [f"{name:<{width}}  {math.exp(loss):10.4f}  {loss / math.log(2):9.4f}" for name, loss in rows]
+        if result.accuracy is not None:
+            lines += ["", f"{result.accuracy:.2%} of the masked bases are guessed right"]
         lines += ["", verdict(result)]
     lines += [
         "",
@@ -162,16 +188,25 @@ def as_table(result: "PretrainDnaResult") -> str:
 def verdict(result: "PretrainDnaResult") -> str:
     """In words which baselines the model beats, and which it does not."""
     assert result.loss is not None
-    beaten = [f"order {order}" for order, loss in result.baselines.items() if result.loss < loss]
-    ahead = [f"order {order}" for order, loss in result.baselines.items() if result.loss >= loss]
+    named, one, many = "order {}", "the Markov chain of", "the Markov chains of"
+    if result.objective == "mlm":
+        named, one, many = "{}", "the count by bases on either side:", "the counts by bases on either side:"
+    beaten = [named.format(key) for key, loss in result.baselines.items() if result.loss < loss]
+    ahead = [named.format(key) for key, loss in result.baselines.items() if result.loss >= loss]
     if not ahead:
-        return f"The model beats the Markov chains of {_and(beaten)}."
-    behind = f"still behind the Markov chain{'s' if len(ahead) > 1 else ''} of {_and(ahead)}"
+        return f"The model beats {many} {_and(beaten)}."
+    behind = f"still behind {many if len(ahead) > 1 else one} {_and(ahead)}"
     advice = "train longer or on more data"
     if not beaten:
         return f"The model is {behind}: {advice}."
-    chains = f"the Markov chain{'s' if len(beaten) > 1 else ''} of {_and(beaten)}"
-    return f"The model beats {chains}, and is {behind}: {advice}."
+    return f"The model beats {many if len(beaten) > 1 else one} {_and(beaten)}, and is {behind}: {advice}."
+
+
+def baseline_name(result: "PretrainDnaResult", key: int) -> str:
+    """A figure to beat, for the table."""
+    if result.objective == "ar":
+        return f"Markov chain of order {key}"
+    return f"counts by {key} bases on either side" if key else "frequency of the bases"
 
 
 def longer(result: "PretrainDnaResult") -> int:
@@ -181,9 +216,9 @@ def longer(result: "PretrainDnaResult") -> int:
 
 def as_machine(result: "PretrainDnaResult") -> str:
     """One JSON object; losses in nats a base."""
-    baselines = {
-        f"order{order}": {"loss": loss, "perplexity": math.exp(loss)} for order, loss in result.baselines.items()
-    }
+    kind = "flanks" if result.objective == "mlm" else "order"
+    baselines = {f"{kind}{key}": {"loss": loss, "perplexity": math.exp(loss)} for key, loss in result.baselines.items()}
+    accuracy = {} if result.accuracy is None else {"accuracy": result.accuracy}
     return json.dumps(
         {
             "run": str(result.run),
@@ -195,7 +230,7 @@ def as_machine(result: "PretrainDnaResult") -> str:
             "tokens_per_second": result.tokens_per_second,
             "held_out": None
             if result.loss is None
-            else {"loss": result.loss, "perplexity": math.exp(result.loss), "targets": result.targets},
+            else {"loss": result.loss, "perplexity": math.exp(result.loss), **accuracy, "targets": result.targets},
             "baselines": baselines,
         },
         indent=1,

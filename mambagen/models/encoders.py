@@ -58,6 +58,8 @@ class _Entry:
 
 
 ENCODERS: dict[str, _Entry] = {
+    "bigs": _Entry("bigs", "BigsConfig", "BigsEncoder", 32, implied={"architecture": "gated"}),
+    "bigs-stack": _Entry("bigs", "BigsConfig", "BigsEncoder", 32, implied={"architecture": "stack"}),
     "bimamba": _Entry("bimamba", "BimambaConfig", "BimambaEncoder", 16),
     "bert": _Entry("bert", "BertConfig", "BertEncoder", 32, width_step=8),
     "mamba": _Entry("mamba_encoder", "MambaConfig", "MambaEncoder", 16, sees_both_sides=False),

@@ -75,6 +75,8 @@ class EncoderModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = cast(nn.Module, build_encoder(config.encoder, config.encoder_config))
+        self.complement: Tensor
+        self.register_buffer("complement", torch.tensor(config.complement, dtype=torch.long), persistent=False)
 
     @property
     def trunk(self) -> Encoder:
@@ -102,7 +104,7 @@ class MaskedLM(EncoderModel):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, length, padded_vocab_size) in float32 for ids (batch, length); see the encoders' contract."""
         if self.config.equivariant:
-            return rc_average(self.one_strand, tokens, mask, self.config.complement, per_position=True)
+            return rc_average(self.one_strand, tokens, mask, self.complement, per_position=True)
         return self.one_strand(tokens, mask)
 
     def one_strand(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -148,7 +150,7 @@ class SequenceClassifier(EncoderModel):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, classes) in float32 for ids (batch, length); see the encoders' contract."""
         if self.config.equivariant:
-            here, there = both_strands(self.pooled, tokens, mask, self.config.complement)
+            here, there = both_strands(self.pooled, tokens, mask, self.complement)
             vector = (here + there) / 2
         else:
             vector = self.pooled(tokens, mask)

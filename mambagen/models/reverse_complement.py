@@ -7,7 +7,8 @@ A model f is made exactly equivariant by reading both strands with the same weig
 Then g(RC x) = turn(g(x)) by construction, whatever f is. For an encoder without a head this is the parameter sharing
 of Caduceus-PS (arXiv 2403.03234), whose two strands also meet in the head only. It costs two passes of f.
 
-The complement is given as a permutation of the token ids, (vocabulary,), so that nothing here knows an alphabet.
+The complement is given as a permutation of the token ids, (vocabulary,), so that nothing here knows an alphabet; as a
+tensor on the device where it is used, no copy holds up a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +16,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+Complement = Tensor | Sequence[int]
 
-def reverse_complement(tokens: Tensor, mask: Tensor | None, complement: Sequence[int]) -> Tensor:
+
+def reverse_complement(tokens: Tensor, mask: Tensor | None, complement: Complement) -> Tensor:
     """The other strand of ids (batch, length), 5' to 3'; padding stays where it is.
 
     Args:
         mask: (batch, length) bool, true in one run of real positions a row; None where all are real.
         complement: the complement of each id.
     """
-    table = torch.tensor(complement, device=tokens.device, dtype=tokens.dtype)
-    return turn(table[tokens.int()], mask)
+    table = torch.as_tensor(complement, device=tokens.device)
+    return turn(table[tokens.int()].to(tokens.dtype), mask)
 
 
 def turn(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -39,7 +42,7 @@ def turn(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def both_strands(
-    f: Callable[[Tensor, Tensor | None], Tensor], tokens: Tensor, mask: Tensor | None, complement: Sequence[int]
+    f: Callable[[Tensor, Tensor | None], Tensor], tokens: Tensor, mask: Tensor | None, complement: Complement
 ) -> tuple[Tensor, Tensor]:
     """f(x) and f(RC x), each (batch, ...), in one pass of twice the rows."""
     two = torch.cat([tokens, reverse_complement(tokens, mask, complement)])
@@ -51,7 +54,7 @@ def rc_average(
     f: Callable[[Tensor, Tensor | None], Tensor],
     tokens: Tensor,
     mask: Tensor | None,
-    complement: Sequence[int],
+    complement: Complement,
     per_position: bool,
 ) -> Tensor:
     """(f(x) + turn(f(RC x))) / 2: averaging at inference for any f, and what the equivariant mode computes.
@@ -66,6 +69,7 @@ def rc_average(
     return (here + there) / 2
 
 
-def permutation(complement: Sequence[int], size: int, device: torch.device) -> Tensor:
+def permutation(complement: Complement, size: int, device: torch.device) -> Tensor:
     """The complement as indices into `size` columns, of which those past the vocabulary stay."""
-    return torch.tensor([*complement, *range(len(complement), size)], device=device)
+    table = torch.as_tensor(complement, device=device)
+    return torch.cat([table, torch.arange(len(table), size, device=device)])

@@ -24,8 +24,11 @@ from mambagen.data.genome import Genome, Stretches
 from mambagen.data_manifests import default_splits, load_manifest, manifest_names, resolve_dna
 from mambagen.errors import DivergedError, InterruptedRun, ModelError, UsageError
 from mambagen.models import MAMBA_SIZES, MambaConfig, MambaLM, load_model
+from mambagen.models.encoders import count_parameters, match_parameters
 from mambagen.models.files import first_fault
+from mambagen.models.heads import EncoderModelConfig, MaskedLM
 from mambagen.pipelines.dna_language_model import DnaLanguageTask, ModelCard, fit_baselines
+from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT, MaskedDnaTask, fit_masked_baselines
 from mambagen.reports.loss_plot import draw_loss
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
 from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
@@ -37,10 +40,15 @@ log = logging.getLogger("mambagen")
 T = TypeVar("T")
 
 # What a run cannot change when it goes on: it would be another model, or other data in another order.
+SAME_MODEL = ("size", "model", "objective", "encoder", "equivariant", "lower_case", "n")
 FIXED = (
-    *("data", "size", "model", "objective", "context", "batch_tokens", "seed", "reverse_complement"),
-    *("lower_case", "n", "valid_fraction", "valid_records"),
+    *("data", *SAME_MODEL, "context", "batch_tokens", "seed", "reverse_complement"),
+    *("valid_fraction", "valid_records"),
 )
+
+# The peak learning rate where none is given; the default of the configuration is Mamba's.
+ENCODER_LR = {"bigs": 2e-3, "bigs-stack": 2e-3, "bimamba": 4e-3, "bert": 1e-3}
+DEFAULT_ENCODER = "bigs"
 
 
 class PretrainDnaConfig(TrainConfig):
@@ -49,7 +57,10 @@ class PretrainDnaConfig(TrainConfig):
     data: tuple[str, ...] = Field(("demo",), min_length=1)  # names of data sets, FASTA or GenBank files, "-"
     size: str = "250k"
     model: dict[str, Any] = Field(default_factory=dict)  # changes to the size's MambaConfig, such as d_state
-    objective: Literal["ar"] = "ar"  # autoregressive: predict the next base
+    objective: Literal["ar", "mlm"] = "ar"  # predict the next base, or masked bases from both sides
+    encoder: Literal["bigs", "bigs-stack", "bimamba", "bert"] | None = None  # of masked models; None: bigs
+    equivariant: bool = False  # of masked models: the other strand's answer is the answer's other strand, exactly
+    start_from: str | None = None  # a model folder whose weights the run begins with
     context: int = Field(1024, ge=1)
     batch_tokens: int = Field(8192, ge=1)
     reverse_complement: bool = False
@@ -77,9 +88,55 @@ class PretrainDnaConfig(TrainConfig):
         except ValidationError as error:
             raise UsageError(f"[model] of the configuration: {first_fault(error)}") from error
 
+    def architecture(self) -> MambaConfig | EncoderModelConfig:
+        """Of the objective's model. An encoder has as many parameters as the Mamba of that size, within 3 %.
+
+        Raises:
+            UsageError: settings of masked models for another, or fields that the architecture does not know.
+        """
+        if self.objective == "ar":
+            if self.encoder or self.equivariant:
+                option = "--encoder" if self.encoder else "--equivariant"
+                raise UsageError(f"{option} belongs to masked models: add --objective mlm")
+            return self.mamba()
+        name = self.encoder or DEFAULT_ENCODER
+        shape = dict(self.model)
+        try:
+            if not {"d_model", "n_layer"} <= shape.keys():
+                wanted = count_parameters("mamba", MAMBA_SIZES[self.size].model_dump())
+                rest = {key: value for key, value in shape.items() if key not in ("d_model", "n_layer")}
+                shape = match_parameters(name, wanted, fixed=rest) | shape
+            return EncoderModelConfig(
+                encoder=name, encoder_config=shape, equivariant=self.equivariant, complement=DNA_COMPLEMENT
+            )
+        except ValidationError as error:
+            raise UsageError(f"[model] of the configuration: {first_fault(error)}") from error
+        except ValueError as error:
+            raise UsageError(f"--size {self.size}: {error}") from error
+
+    def new_model(self) -> MambaLM | MaskedLM:
+        """A model with first weights, or those of `start_from`."""
+        architecture = self.architecture()
+        model: MambaLM | MaskedLM
+        if isinstance(architecture, EncoderModelConfig):
+            model = MaskedLM(architecture, seed=self.seed)
+        else:
+            model = MambaLM(architecture, seed=self.seed)
+        if self.start_from is not None:
+            given, _ = load_model(self.start_from, kinds=[model.kind])
+            if given.config != architecture:
+                raise ModelError(
+                    f"{self.start_from}: holds another architecture than these settings describe (objective, encoder, "
+                    f"size and [model] must be those that it was trained with)"
+                )
+            model.load_state_dict(given.state_dict())
+        return model
+
     def model_name(self) -> str:
         """For titles and tables."""
-        return f"Mamba {self.size}, changed" if self.model else f"Mamba {self.size}"
+        name = "Mamba" if self.objective == "ar" else self.encoder or DEFAULT_ENCODER
+        own = ", equivariant" if self.equivariant else ""
+        return f"{name} {self.size}{own}, changed" if self.model else f"{name} {self.size}{own}"
 
     def rows(self) -> int:
         """Windows a step; UsageError where not even one fits."""
@@ -100,13 +157,15 @@ class PretrainDnaResult:
     parameters: int
     loss: float | None
     targets: int
-    baselines: dict[int, float]  # Markov order -> loss
+    baselines: dict[int, float]  # Markov order -> loss (see `objective`)
     uniform: float  # loss of a guess among the letters that are predicted
     steps: int
     tokens: int
     seconds: float
     tokens_per_second: float
     held_out: str
+    objective: str = "ar"  # where it is "mlm", the keys of `baselines` are bases on either side
+    accuracy: float | None = None  # of masked bases
 
 
 def pretrain_dna(
@@ -120,21 +179,29 @@ def pretrain_dna(
     progress = progress or Progress()
     config = resolved(config)
     place = RunFolder.vacant(out, "pretrain-dna")  # said before the data are read, made after
+    model = config.new_model()
     job = prepare(config, progress)
     run = RunFolder.create(place)
     with run.lock():
         run.write_config(to_keep(config).model_dump())
-        model = MambaLM(config.mamba(), seed=config.seed)
         return _train_and_report(config, job, run, model, None, progress)
 
 
 def resume_pretrain_dna(
-    folder: Path, options: Mapping[str, Any], config_file: Path | None = None, progress: Progress | None = None
+    folder: Path,
+    options: Mapping[str, Any],
+    config_file: Path | None = None,
+    progress: Progress | None = None,
+    out: Path | None = None,
 ) -> PretrainDnaResult:
     """Go on with the run in `folder` from its newest whole checkpoint, bit for bit on a CPU.
 
+    With another context a run of masked models is a new run that begins with the weights of that checkpoint, as no
+    encoder has a fixed length; its optimiser and schedule begin anew, and its data may be others.
+
     Args:
         options: settings to change; those that would make it another model or other data are refused.
+        out: the folder of such a new run (default: that of the run with -contextN after its name).
 
     Raises:
         UsageError: such a setting. ModelError: no whole checkpoint, or data or architecture are not the run's.
@@ -146,17 +213,24 @@ def resume_pretrain_dna(
     before = configure(PretrainDnaConfig, run.config_file, {})
     changes = validated(PretrainDnaConfig, overlaid(before.model_dump(exclude_none=True), given), options, config_file)
     config = resolved(changes)
-    for name in FIXED:
+    longer = config.objective == "mlm" and config.context != before.context
+    for name in SAME_MODEL if longer else FIXED:
         was, wanted = getattr(before, name), getattr(to_keep(config), name)
         if was != wanted:
             raise UsageError(
                 f"--{name.replace('_', '-')} cannot change when a run goes on: {folder} has {was!r}, not {wanted!r}; "
                 f"leave it out, or begin a new run"
             )
+    if longer:
+        weights = newest_checkpoint(run.checkpoints).path
+        place = out or run.path.with_name(f"{run.path.name}-context{config.context}")
+        return pretrain_dna(config.model_copy(update={"start_from": str(weights)}), place, progress)
+    if out:
+        raise UsageError("--out and --resume go together with another --context only: a run goes on in its own folder")
     with run.lock():
         checkpoint = newest_checkpoint(run.checkpoints)
-        model, fields = load_model(checkpoint.path)
-        if MambaConfig(**fields["model"]) != config.mamba():
+        model, _ = load_model(checkpoint.path)
+        if model.config != config.architecture():
             raise ModelError(f"{checkpoint.path}: holds another architecture than {run.config_file} describes")
         job = prepare(config, progress)
         for name, value in job.task.identity.items():
@@ -174,7 +248,9 @@ def resolved(config: PretrainDnaConfig) -> PretrainDnaConfig:
     """
     choose_device(config.device)
     config.rows()
-    config.mamba()
+    config.architecture()
+    if config.objective == "mlm" and "lr" not in config.model_fields_set:
+        config = config.model_copy(update={"lr": ENCODER_LR[config.encoder or DEFAULT_ENCODER]})
     cores = os.cpu_count() or 1
     threads = config.threads or torch.get_num_threads()
     if threads > cores:
@@ -186,21 +262,22 @@ def to_keep(config: PretrainDnaConfig) -> PretrainDnaConfig:
     """The same for config.toml: files by their absolute paths, so that a run can go on from any folder."""
     names = manifest_names()
     data = (given if given in names or given == "-" else os.path.abspath(given) for given in config.data)
-    return config.model_copy(update={"data": tuple(data)})
+    start_from = None if config.start_from is None else os.path.abspath(config.start_from)
+    return config.model_copy(update={"data": tuple(data), "start_from": start_from})
 
 
 @dataclass(frozen=True)
 class Job:
     """What is ready before training: the data divided, and the losses to beat."""
 
-    task: DnaLanguageTask
+    task: DnaLanguageTask | MaskedDnaTask
     train: Stretches
     baselines: Future[dict[int, float]]
     held_out: str
 
 
 def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
-    """Read the data, hold a part out, fit the Markov chains on the rest."""
+    """Read the data, hold a part out, fit the baselines on the rest."""
     set_threads(config.threads or 1)
     progress.state("reading the data ...")
     genome = Genome.from_files(resolve_dna(config.data), config.tokenizer())
@@ -215,10 +292,10 @@ def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
         "training data": train_part.fingerprint(),
         "held-out data": valid_part.fingerprint(),
         "tokenizer": config.tokenizer().model_dump(mode="json"),
-        "architecture": config.mamba().model_dump(mode="json"),
+        "architecture": config.architecture().model_dump(mode="json"),
         "order of the data": [config.context, rows, config.seed, config.reverse_complement],
     }
-    task = DnaLanguageTask(
+    task = (MaskedDnaTask if config.objective == "mlm" else DnaLanguageTask)(
         train_part,
         valid_part,
         config.context,
@@ -231,20 +308,29 @@ def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
         rows_at_once=max(1, rows // config.accumulate),
         steps=config.steps,
     )
-    baselines = _background(lambda: fit_baselines(train_part, task.held_out, both_strands=config.reverse_complement))
+    baselines = _background(lambda: _fit_baselines(task, train_part, config.reverse_complement))
     if choose_device(config.device).type == "cpu":  # where training needs the cores; beside a GPU they have time
-        progress.state("fitting the Markov chains ...")
+        progress.state("fitting the baselines ...")
         baselines.result()
     pieces = len(valid_part)
-    described = f"{task.held_out.targets:,} bases in {pieces} stretch{'es' if pieces != 1 else ''}"
+    masked = "masked " if config.objective == "mlm" else ""
+    described = f"{task.held_out.targets:,} {masked}bases in {pieces} stretch{'es' if pieces != 1 else ''}"
     return Job(task, train_part, baselines, described)
+
+
+def _fit_baselines(
+    task: DnaLanguageTask | MaskedDnaTask, train_part: Stretches, both_strands: bool
+) -> dict[int, float]:
+    if isinstance(task, MaskedDnaTask):
+        return fit_masked_baselines(train_part, task.held_out, both_strands)
+    return fit_baselines(train_part, task.held_out, both_strands=both_strands)
 
 
 def _train_and_report(
     config: PretrainDnaConfig,
     job: Job,
     run: RunFolder,
-    model: MambaLM,
+    model: MambaLM | MaskedLM,
     checkpoint: Checkpoint | None,
     progress: Progress,
 ) -> PretrainDnaResult:
@@ -254,15 +340,15 @@ def _train_and_report(
     progress.note(f"{name} ({parameters:,} parameters) on {where}; the run is in {run.path}")
     progress.note(f"{job.train.bases:,} bases to train on; held out: {job.held_out}")
     title = f"{name} on {_data_names(config)}, context {config.context:,}"
-    uniform = math.log(len(config.tokenizer().letters))
+    uniform = math.log(4 if config.objective == "mlm" else len(config.tokenizer().letters))  # N is never masked
     try:
         result = train(model, job.task, config, run, checkpoint, progress)
     except (InterruptedRun, DivergedError):
         known = job.baselines.result() if job.baselines.done() else {}
-        draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(known, uniform), title)
+        draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(config, known, uniform), title)
         raise
     baselines = job.baselines.result()
-    draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(baselines, uniform), title)
+    draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(config, baselines, uniform), title)
     return PretrainDnaResult(
         run=run.path,
         checkpoint=result.checkpoint,
@@ -277,6 +363,8 @@ def _train_and_report(
         seconds=result.position.seconds,
         tokens_per_second=result.tokens_per_second,
         held_out=job.held_out,
+        objective=config.objective,
+        accuracy=result.held_out.get("accuracy"),
     )
 
 
@@ -294,9 +382,10 @@ def _background(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def _lines(baselines: Mapping[int, float], uniform: float) -> dict[str, float]:
+def _lines(config: PretrainDnaConfig, baselines: Mapping[int, float], uniform: float) -> dict[str, float]:
     """The losses to beat, for the plot."""
-    return {f"order-{order} Markov": loss for order, loss in baselines.items()} | {"uniform": uniform}
+    name = "{} either side" if config.objective == "mlm" else "order-{} Markov"
+    return {name.format(key): loss for key, loss in baselines.items()} | {"uniform": uniform}
 
 
 def _data_names(config: PretrainDnaConfig) -> str:
@@ -310,9 +399,10 @@ def _card(config: PretrainDnaConfig, genome: Genome, train_part: Stretches) -> M
         if given in manifest_names():
             manifest = load_manifest(given)
             data.append(f"{manifest.title}. {manifest.provenance}. Licence: {manifest.licence}.")
+    goal = "masked bases" if config.objective == "mlm" else "next base"
     recipe = (
-        f"`mambagen pretrain-dna`: next base, context {config.context}, {config.rows() * config.context:,} tokens a "
-        f"step, AdamW with peak learning rate {config.lr:g}, warmup {config.warmup:g} of the budget, cosine to zero, "
+        f"`mambagen pretrain-dna`: {goal}, context {config.context}, {config.rows() * config.context:,} tokens a step, "
+        f"AdamW with peak learning rate {config.lr:g}, warmup {config.warmup:g} of the budget, cosine to zero, "
         f"weight decay {config.weight_decay:g}, gradient clipped at {config.clip:g}, seed {config.seed}. All settings "
         f"are in the run's config.toml."
     )
