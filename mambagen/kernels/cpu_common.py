@@ -67,7 +67,7 @@ class Kernel:
     def run(self, parameters: Mapping[int, int], tasks: int, scratch_bytes: int, elements: int) -> None:
         """Run all tasks on torch's threads and wait for them; `parameters` by byte offset, those not given are 0."""
         address = self.compile()
-        threads = min(torch.get_num_threads(), tasks) if elements > SMALL else 1
+        threads = max(1, min(torch.get_num_threads(), tasks)) if elements > SMALL else 1
         scratch_bytes = -(-scratch_bytes // 64) * 64
         scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
         block = array.array("q", bytes(PARAMETER_BYTES))

@@ -73,7 +73,7 @@ def backward(
     backward_kernel.run(parameters, batch * spans * blocks, backward_scratch(), 16 * x.numel())
     # by numpy, which adds in one order whatever the number of threads
     total = torch.from_numpy(sums.numpy().sum(0)).movedim(1, 0).flatten(1)[:, :channels].float()
-    return dx, total[:width].t().flip(1).contiguous(), None if bias is None else total[width].contiguous(), dinitial
+    return dx, total[:width].t().flip(1).contiguous(), None if bias is None else total[width].clone(), dinitial
 
 
 def _common(

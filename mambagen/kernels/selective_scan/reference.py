@@ -42,10 +42,11 @@ def selective_scan_reference(
     h = x.new_zeros(batch, channels, state) if initial_state is None else initial_state.to(real)
     keep = carried_over(resets, batch, length, reverse, x)
     ys: list[Tensor] = [x.new_zeros(0)] * length
+    steps = list(zip(*(v.unbind(1) for v in (x, dt, B, C, keep)), strict=True))  # indexing's backward is quadratic
     for t in reversed(range(length)) if reverse else range(length):
-        decay = torch.exp(dt[:, t, :, None] * A) * keep[:, t, None, None]
-        h = decay * h + (dt[:, t] * x[:, t])[..., None] * B[:, t]
-        ys[t] = (h * C[:, t]).sum(-1)
+        x_t, dt_t, B_t, C_t, keep_t = steps[t]
+        h = torch.exp(dt_t[..., None] * A) * keep_t[:, None, None] * h + (dt_t * x_t)[..., None] * B_t
+        ys[t] = (h * C_t).sum(-1)
     y = torch.stack(ys, 1)
     if D is not None:
         y = y + D.to(real) * x
