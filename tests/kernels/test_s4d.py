@@ -46,7 +46,7 @@ def run(case, backend, double=False):
             arguments[name] = v.detach().clone().requires_grad_()
     y, final = s4d(**arguments, return_final_state=True, backend=backend)
     make = torch.Generator().manual_seed(1)
-    dy, d_re, d_im = (torch.randn(v.shape, generator=make) for v in (y, final, final))
+    dy, d_re, d_im = (torch.randn(v.shape, generator=make).to(v.device) for v in (y, final, final))
     loss = (y * dy).sum() + (final.real * d_re).sum() + (final.imag * d_im).sum()
     leaves = {name: arguments[name] for name in DIFFERENTIABLE if arguments[name] is not None}
     gradients = torch.autograd.grad(loss, list(leaves.values()))

@@ -6,10 +6,12 @@ reference.py      the recurrence, step by step
 README.md         the derivation
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-from mambagen.kernels.dispatch import check_shape
+from mambagen.kernels.dispatch import check_shape, choose_backend
 from mambagen.kernels.s4d.discretise import DISCRETISATIONS, discretise
 from mambagen.kernels.s4d.reference import s4d_reference
 from mambagen.kernels.s4d.vandermonde import block_length, powers, vandermonde_product
@@ -134,7 +136,12 @@ def choose_kernel_backend(op: str, backend: str, x: Tensor) -> str:
     """ "triton" or "torch", for the part of the work that has both."""
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    return "torch" if backend == "auto" else backend
+    if backend == "triton":
+        return choose_backend("s4d", "triton", x)  # ValueError where it cannot run
+    if backend == "auto" and x.is_cuda:
+        with contextlib.suppress(ValueError):
+            return choose_backend("s4d", "triton", x)
+    return "torch"
 
 
 def _complex(dtype: torch.dtype) -> torch.dtype:
