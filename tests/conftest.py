@@ -6,6 +6,8 @@ runs, and only then: it is inherited by the programs that other tests start, and
 """
 
 import contextlib
+import functools
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -35,6 +37,16 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     interpret("triton" in item.nodeid)
+    if os.environ.get(VARIABLE) and "compiles" not in item.nodeid and not interpreter_works():
+        pytest.skip("the interpreter of Triton below 3.7 fails with NumPy 2.4 and newer")
+
+
+@functools.cache
+def interpreter_works() -> bool:
+    def version(package: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+    return version("triton") >= (3, 7) or version("numpy") < (2, 4)
 
 
 @pytest.hookimpl(trylast=True)
