@@ -5,20 +5,21 @@ variable has to be set when triton is first imported. It is set while tests are 
 runs, and only then: it is inherited by the programs that other tests start, and would slow them down a thousandfold.
 """
 
-import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_GPU = Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 VARIABLE = "TRITON_INTERPRET"
 
 
 def interpret(on: bool) -> None:
-    if on and not HAS_GPU:
+    if on and HAS_TRITON and not HAS_GPU:
         os.environ[VARIABLE] = "1"
     else:
         os.environ.pop(VARIABLE, None)
@@ -26,7 +27,7 @@ def interpret(on: bool) -> None:
 
 def pytest_configure() -> None:
     interpret(True)
-    with contextlib.suppress(ImportError):  # no wheel for this platform: the tests skip themselves
+    if HAS_TRITON:
         import triton  # noqa: F401
 
 

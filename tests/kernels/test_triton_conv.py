@@ -126,6 +126,13 @@ def test_dx_goes_where_it_is_told(backend: ModuleType) -> None:
     assert not both[..., 24:].any()
 
 
+def test_the_registered_op_stands_up_to_opcheck() -> None:
+    case = draw_conv(length=3, channels=8, batch=1, device=DEVICE)
+    x, weight, bias, past = (case[k].requires_grad_() for k in ("x", "weight", "bias", "initial_state"))
+    arguments = (x, weight, bias, True, past, None, False, "triton")
+    torch.library.opcheck(torch.ops.mambagen.causal_conv1d_forward, arguments)
+
+
 def test_what_cannot_run_is_said(backend: ModuleType) -> None:
     assert "float64" in str(backend.unsupported(torch.zeros(1, 1, 1, dtype=torch.float64)))
     assert "steps" in str(backend.unsupported(torch.zeros(1).expand(1, 2**31, 1)))

@@ -15,6 +15,7 @@ from tests.kernels.helpers import assert_close, draw_scan, run_scan
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ORDER = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus", "initial_state", "resets", "reverse")
 BARE = {"skip": False, "gate": False, "bias": False, "softplus": False, "initial": False}
 
 
@@ -141,8 +142,7 @@ def test_chunks_with_a_carried_state_equal_the_whole() -> None:
 
 def test_forward_saves_what_its_shape_promises(backend: ModuleType) -> None:
     case = draw_scan(length=9, device=DEVICE)
-    order = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus", "initial_state", "resets", "reverse")
-    arguments = [case[name] for name in order]
+    arguments = [case[name] for name in ORDER]
     saved = backend.forward(*arguments, True)[2]
     assert saved.shape == backend.saved_shape(2, 9, 24, 1, 16, case["x"])
     torch.testing.assert_close(saved[:, 0], case["initial_state"])
@@ -151,8 +151,7 @@ def test_forward_saves_what_its_shape_promises(backend: ModuleType) -> None:
 
 def test_dz_goes_where_it_is_told(backend: ModuleType) -> None:
     case = draw_scan(length=9, device=DEVICE)
-    order = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus", "initial_state", "resets", "reverse")
-    arguments = [case[name] for name in order]
+    arguments = [case[name] for name in ORDER]
     y, final, saved = backend.forward(*arguments, True)
     wanted = backend.backward(y, final, *arguments, saved)[6]
     both = torch.zeros(2, 9, 48, device=DEVICE)
@@ -161,6 +160,12 @@ def test_dz_goes_where_it_is_told(backend: ModuleType) -> None:
     )
     assert torch.equal(both[..., 24:], wanted)
     assert not both[..., :24].any()
+
+
+def test_the_registered_op_stands_up_to_opcheck() -> None:
+    case = draw_scan(length=3, channels=8, batch=1, device=DEVICE)
+    arguments = [v.requires_grad_() if isinstance(v, Tensor) else v for v in (case[name] for name in ORDER)]
+    torch.library.opcheck(torch.ops.mambagen.selective_scan_forward, (*arguments, True, "triton"))
 
 
 def test_what_cannot_run_is_said(backend: ModuleType) -> None:

@@ -89,7 +89,8 @@ def unsupported(x: Tensor, state: int = 1, **facts: object) -> str | None:
 
 def saved_shape(batch: int, length: int, channels: int, groups: int, state: int, x: Tensor) -> tuple[int, ...]:
     """The states that forward leaves for backward: one before every chunk."""
-    return (batch, triton.cdiv(length, tiling_for(state).chunk), channels, state)
+    # sizes may be symbolic under torch.compile: plain arithmetic for the length, a guard on the state
+    return (batch, -(-length // tiling_for(int(state)).chunk), channels, state)
 
 
 def forward(
