@@ -23,6 +23,7 @@ class System(NamedTuple):
     """Functions of one discretised system; states are (batch, channels, state) complex."""
 
     kernel: Callable[[int], Tensor]  # length -> (ssms, length)
+    convolve: Callable[[Tensor, bool], Tensor]  # x, reverse -> its convolution with the kernel
     outputs: Callable[[Tensor, int], Tensor]  # state, length -> (batch, length, channels): y where x is zero
     state_after: Callable[[Tensor], Tensor]  # x (batch, length, channels) -> the state after it, from zero
     remains: Callable[[Tensor, int], Tensor]  # state, length -> the state so many steps on, where x is zero
@@ -38,7 +39,7 @@ def run_as_convolution(
 ) -> tuple[Tensor, Tensor | None]:
     """y like x (without a skip) and the final state where it is asked for; arguments as in `s4d`."""
     length = x.shape[1]
-    y = long_conv(x, system.kernel(length), reverse) if resets is None else _by_documents(system, x, resets, reverse)
+    y = system.convolve(x, reverse) if resets is None else _by_documents(system, x, resets, reverse)
     if initial_state is None and not return_final_state:
         return y, None
     into, out_of = _carried(resets, x, reverse)  # (batch, length): in the document that the state enters, or leaves

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mambagen.kernels.dispatch import backend_module
 from mambagen.kernels.s4d import s4d
+from mambagen.kernels.s4d.blocks import _carry
 from mambagen.kernels.s4d.vandermonde import vandermonde_product
 from tests.kernels.helpers import assert_close, relative_error
 from tests.kernels.test_s4d import draw, run
@@ -61,6 +63,16 @@ def test_gradients_repeat_bit_for_bit() -> None:
         torch.autograd.grad(vandermonde_product(c, z, 5000, "triton").square().sum(), [c, z]) for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_states_are_carried_as_by_the_loop(backwards: bool) -> None:
+    make = torch.Generator().manual_seed(0)
+    entered = torch.randn(3 * 7, 10, 70, generator=make).to(DEVICE)
+    a = torch.polar(torch.rand(5, generator=make), torch.rand(5, generator=make) * 6).to(DEVICE)
+    exact = _carry(entered.double(), a.to(torch.complex128), 3, backwards)
+    ours = backend_module("s4d", "triton").carry(entered.clone(), a, 3, backwards)
+    assert relative_error(ours, exact) < 1e-6
 
 
 def test_float64_is_refused_by_the_op() -> None:

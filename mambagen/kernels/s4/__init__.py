@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mambagen.kernels.dispatch import check_shape
+from mambagen.kernels.fft_conv import long_conv
 from mambagen.kernels.s4.cauchy import cauchy_kernel
 from mambagen.kernels.s4.dense import Step, after, bilinear_step, columns, pairs, rows
 from mambagen.kernels.s4.reference import s4_reference
@@ -141,6 +142,9 @@ def _system(x: Tensor, dt: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, C: Tens
             return cauchy_kernel(dt, Lambda, P, B, C, length).to(dtype).contiguous()
         return _kernel(step, length, dtype)
 
+    def convolve(x: Tensor, reverse: bool) -> Tensor:
+        return long_conv(x, kernel(x.shape[1]), reverse)
+
     def outputs(state: Tensor, length: int) -> Tensor:
         J = block_length(length)
         fine, jump = columns(step.A, step.A @ real(state), J)  # (ssms, 2 state, J, batch * each)
@@ -167,4 +171,4 @@ def _system(x: Tensor, dt: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, C: Tens
     def remains(state: Tensor, length: int) -> Tensor:
         return complex(after(step.A, real(state), length), len(state))
 
-    return System(kernel, outputs, state_after, remains)
+    return System(kernel, convolve, outputs, state_after, remains)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from mambagen.kernels.dispatch import check_shape, choose_backend
+from mambagen.kernels.fft_conv import long_conv
+from mambagen.kernels.s4d.blocks import block_conv, pays
 from mambagen.kernels.s4d.discretise import DISCRETISATIONS, discretise
 from mambagen.kernels.s4d.reference import s4d_reference
 from mambagen.kernels.s4d.vandermonde import block_length, powers, vandermonde_product
@@ -19,6 +21,7 @@ from mambagen.kernels.ssm_conv import System, run_as_convolution
 
 __all__ = ["DISCRETISATIONS", "discretise", "s4d", "s4d_kernel", "s4d_reference", "s4d_step"]
 
+CONVOLUTIONS = ("auto", "fft", "blocks")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
@@ -34,6 +37,7 @@ def s4d(
     reverse: bool = False,
     return_final_state: bool = False,
     backend: str = "auto",
+    convolution: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Diagonal state-space systems over a sequence, each on its channels.
 
@@ -52,6 +56,7 @@ def s4d(
         reverse: run from the last position to the first.
         return_final_state: also give the state after the last step that ran.
         backend: of the kernel: "torch" (any device), "triton" (GPU), "auto"; or "reference", the recurrence itself.
+        convolution: "fft", or "blocks", matrix products that pay where a system serves many channels; "auto" chooses.
 
     Returns:
         y like x, or (y, final_state). First derivatives of all tensor arguments but `resets`.
@@ -66,9 +71,11 @@ def s4d(
         y = y.to(x.dtype)
         return (y, final) if return_final_state else y
     backend = choose_kernel_backend(op, backend, x)
+    if convolution not in CONVOLUTIONS:
+        raise ValueError(f"{op}: convolution is {convolution!r}; it must be one of {', '.join(CONVOLUTIONS)}")
     resets = None if resets is None else resets.bool()
     with torch.autocast(x.device.type, enabled=False):
-        system = _system(x, dt, A, C, discretisation, backend)
+        system = _system(x, dt, A, C, discretisation, backend, convolution)
         y, state = run_as_convolution(system, x, initial_state, resets, reverse, return_final_state)
     if D is not None:
         y = (y + D * x).to(x.dtype)
@@ -148,7 +155,7 @@ def _complex(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype in (torch.float64, torch.complex128) else torch.complex64
 
 
-def _system(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, discretisation: str, backend: str) -> System:
+def _system(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, discretisation: str, backend: str, convolution: str) -> System:
     """The discretised system as functions; float32 unless x is float64."""
     z, b = discretise(dt, A, discretisation)
     dtype = _complex(x.dtype)
@@ -157,6 +164,11 @@ def _system(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, discretisation: str, ba
 
     def kernel(length: int) -> Tensor:
         return vandermonde_product((C * b).to(dtype), z, length, backend)
+
+    def convolve(x: Tensor, reverse: bool) -> Tensor:
+        if convolution == "blocks" or (convolution == "auto" and pays(x, ssms)):
+            return block_conv(x, (C * b).to(dtype), z, reverse, backend)
+        return long_conv(x, kernel(x.shape[1]), reverse)
 
     def outputs(state: Tensor, length: int) -> Tensor:
         J = block_length(length)
@@ -184,4 +196,4 @@ def _system(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, discretisation: str, ba
         decay = torch.exp(z * length).to(dtype)[:, None]
         return (state.to(dtype).unflatten(1, (ssms, -1)) * decay).flatten(1, 2)
 
-    return System(kernel, outputs, state_after, remains)
+    return System(kernel, convolve, outputs, state_after, remains)

@@ -58,6 +58,19 @@ def moments(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return sums.sum(1), (torch.complex(t_re, t_im) + first * sums).sum(1)
 
 
+def carry(entered: Tensor, a: Tensor, batch: int, backwards: bool) -> Tensor:
+    """The states that blocks begin with from what entered in each, in place.
+
+    entered: (batch * blocks, 2 state, channels) float32, imaginary parts after the real ones; a: (state,) complex64.
+    """
+    blocks, elements = entered.shape[0] // batch, entered.shape[1] * entered.shape[2] // 2
+    with torch.cuda.device(entered.device if entered.is_cuda else -1):
+        carry_kernel[(batch * triton.cdiv(elements, 256),)](
+            entered, _pairs(a), blocks, elements, entered.shape[2], BACKWARDS=backwards, BLOCK=256, num_warps=4
+        )
+    return entered
+
+
 def _pairs(v: Tensor) -> Tensor:
     return torch.view_as_real(v.resolve_conj().contiguous())
 
@@ -129,3 +142,29 @@ def moments_kernel(
         tl.store(out + STATE, tl.sum(p_re * a_im + p_im * a_re, 0), mask=inside)
         tl.store(out + 2 * STATE, tl.sum(p_re * b_re - p_im * b_im, 0), mask=inside)
         tl.store(out + 3 * STATE, tl.sum(p_re * b_im + p_im * b_re, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def carry_kernel(entered, a, blocks, elements, channels, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
+    tiles = tl.cdiv(elements, BLOCK)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    e = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < elements
+    a_re = tl.load(a + e // channels * 2, mask=inside, other=0.0)
+    a_im = tl.load(a + e // channels * 2 + 1, mask=inside, other=0.0)
+    step = tl.cast(elements, tl.int64) * 2
+    row = entered + batch * blocks * step + e
+    if BACKWARDS:
+        row += (blocks - 1) * step
+        step = -step
+    h_re = tl.zeros([BLOCK], tl.float32)
+    h_im = tl.zeros([BLOCK], tl.float32)
+    for _ in range(blocks):
+        re = tl.load(row, mask=inside, other=0.0)
+        im = tl.load(row + elements, mask=inside, other=0.0)
+        tl.store(row, h_re, mask=inside)
+        tl.store(row + elements, h_im, mask=inside)
+        next_re = a_re * h_re - a_im * h_im + re
+        h_im = a_re * h_im + a_im * h_re + im
+        h_re = next_re
+        row += step
