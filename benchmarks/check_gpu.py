@@ -35,9 +35,10 @@ Case = dict[str, Any]
 Result = dict[str, Tensor]
 
 SHAPES_A_DRAW = 12  # shapes that share their options, so that one compilation serves them
-# What float32 arithmetic may be off by, and half a unit in the last place where the output is rounded once.
+# What float32 arithmetic may be off by, and where the output is rounded once: half a unit in the last place for a few
+# elements, about 0.43 of that in the norm of many.
 TOLERANCE = 1e-5
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = (torch.float32, torch.bfloat16, torch.bfloat16, torch.float16)
 
 
@@ -175,7 +176,8 @@ def check(op: str, case: Case, backend: str) -> tuple[dict[str, float], list[str
         error = (ours.double() - exact[name]).norm() / exact[name].norm().clamp_min(1e-30)
         found[name] = error.item() if ours.numel() and torch.isfinite(ours).all() else float(ours.numel() and "inf")
         # the sum of few terms may cancel, a large tensor's norm does not
-        allowed = ROUNDING[ours.dtype] + TOLERANCE * max(1.0, 10 / max(1, ours.numel()) ** 0.5)
+        rounding = ROUNDING[ours.dtype] * (1.0 if ours.numel() < 4096 else 0.5)
+        allowed = rounding + TOLERANCE * max(1.0, 10 / max(1, ours.numel()) ** 0.5)
         if not found[name] <= allowed:
             wrong.append(f"{name} is off by {found[name]:.1e}, allowed {allowed:.1e}")
     return found, wrong

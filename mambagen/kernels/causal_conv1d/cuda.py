@@ -13,8 +13,9 @@ from mambagen.kernels.nvrtc import Kernel, why_unavailable
 __all__ = ["WRITES_INTO", "backward", "forward", "unsupported"]
 
 WRITES_INTO = True  # backward takes `dx_out`
-ROWS = 8  # outputs a thread makes along time
-THREADS = 128
+ROWS = 8  # outputs of a thread at a time
+STEPS = 128  # outputs of a thread in all
+THREADS = 64
 MAX_BATCH = 65535  # the launch grid's second axis
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -56,11 +57,11 @@ def forward(
     final = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
     flags = None if resets is None else resets.contiguous().view(torch.uint8)
     kernel = _kernel(x.device.index, _DTYPES[x.dtype], width, silu, resets is not None, reverse)
-    pointers = (x, weight, bias, initial_state, flags, y, final)
+    pointers = (x, weight.t().contiguous(), bias, initial_state, flags, y, final)
     parameters = struct.pack(
         "7P3qi4x", *(0 if v is None else v.data_ptr() for v in pointers), x.stride(0), x.stride(1), length, channels
     )
-    threads = -(-length // ROWS) * (channels * size // 16)
+    threads = -(-length // STEPS) * (channels * size // 16)
     kernel((-(-threads // THREADS), batch, 1), THREADS, parameters)
     return y, final
 
@@ -71,6 +72,6 @@ def _kernel(device: int, dtype: int, width: int, silu: bool, has_resets: bool, r
     source = (folder.parent / "prelude.cuh").read_text() + (folder / "cuda.cu").read_text()
     defines = {
         "DTYPE": dtype, "WIDTH": width, "SILU": silu, "HAS_RESETS": has_resets, "REVERSE": reverse,
-        "ROWS": ROWS, "THREADS": THREADS,
+        "ROWS": ROWS, "STEPS": STEPS, "THREADS": THREADS,
     }  # fmt: skip
     return Kernel(source, "conv_forward", defines, device)

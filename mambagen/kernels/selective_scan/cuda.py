@@ -18,15 +18,19 @@ WRITES_INTO = True  # backward takes `dz_out`
 WARP_CHANNELS = 16
 MAX_CHUNK = 1 << 30  # steps inside a chunk are counted in 32 bits
 CHUNK_UNIT = 32  # chunks begin at multiples of every tile size
-# Measured on an H200. SAVE_EVERY: steps between saved states, which is also the backward's tile. CUT_BELOW: the length
-# is cut into chunks where there are fewer warps than this a scheduler (a chunk has at least MIN_CHUNK steps). The other
-# keys are macros of the .cu files.
+# Measured on an H200. SAVE_EVERY: steps between saved states, which is also the backward's tile. The other keys are
+# macros of the .cu files.
 SAVE_EVERY = 8
 FORWARD = {"PER_LANE": 8, "TILE": 16, "STAGES": 2, "WARPS": 1, "MIN_BLOCKS": 1}
 BACKWARD = {"WARPS": 4, "RING": 4, "MIN_BLOCKS": 1}
 BOUNDARY = {"TILE": 16, "STAGES": 3, "WARPS": 1}
-CUT_BELOW = {"forward": 0.75, "backward": 1.2}
+# The length is cut into chunks where a scheduler would have fewer than WARPS_A_SCHEDULER warps: gladly into long ones,
+# whose borders cost little; into shorter ones only below NEED warps a scheduler.
+WARPS_A_SCHEDULER = 2
+LONG_CHUNK = 7680
+NEED = {"forward": 0.75, "backward": 1.2}
 MIN_CHUNK = {"forward": 1024, "backward": 512}
+MAX_BATCH = 65535  # the launch grid's second axis
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -38,6 +42,8 @@ def unsupported(x: Tensor, state: int, groups: int, channels: int) -> str | None
         return f"{channels // groups} channels a group (the CUDA kernels take multiples of {WARP_CHANNELS})"
     if x.dtype not in _DTYPES:
         return f"dtype {x.dtype}"
+    if x.shape[0] > MAX_BATCH:
+        return f"{x.shape[0]} sequences at once (the CUDA kernels take up to {MAX_BATCH})"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU is older than Ampere"
     return _unavailable()
@@ -197,9 +203,10 @@ def _chunks(sweep: str, batch: int, length: int, channels: int, device: torch.de
     """How the length is cut: (steps a chunk, chunks); one chunk where batch x channels give every scheduler a warp."""
     schedulers = 4 * _multiprocessors(device.index)
     warps = batch * channels // WARP_CHANNELS
-    wanted = 2 * schedulers // warps if warps < CUT_BELOW[sweep] * schedulers else 1
-    wanted = max(wanted, length // MAX_CHUNK)
-    chunks = max(1, min(wanted, length // MIN_CHUNK[sweep]))
+    chunks = WARPS_A_SCHEDULER * schedulers // warps
+    if length < LONG_CHUNK * chunks:
+        chunks = min(chunks, length // MIN_CHUNK[sweep]) if warps < NEED[sweep] * schedulers else 1
+    chunks = max(1, chunks, length // MAX_CHUNK)
     chunk = -(-length // chunks)
     chunk = -(-chunk // CHUNK_UNIT) * CHUNK_UNIT
     return chunk, -(-length // chunk)

@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   const i64 begin = (i64)blockIdx.z * p.chunk, end = min(begin + p.chunk, p.length);
   const int tiles = (int)((end - begin + TILE - 1) / TILE);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < RING; i++) barrier_init(&sh.ready[i], WARPS), barrier_init(&sh.done[i], WARPS);
+    for (int i = 0; i < RING; i++) barrier_init(&sh.ready[i], 32 * WARPS), barrier_init(&sh.done[i], 32 * WARPS);
   }
   __syncthreads();
 
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       server.fetch(tiles - 1 - i);
       server.bring(sh.BC[i]);
       __syncwarp();
-      if (lane == 0) barrier_arrive(&sh.ready[i]);
+      barrier_arrive(&sh.ready[i]);
     }
   if (AHEAD < tiles) server.fetch(tiles - 1 - AHEAD);
 
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       }
       server.bring(sh.BC[next]);
       __syncwarp();
-      if (lane == 0) barrier_arrive(&sh.ready[next]);
+      barrier_arrive(&sh.ready[next]);
       if (it + AHEAD + 1 < tiles) server.fetch(k - AHEAD - 1);
     }
     copy_wait<0>();
@@ -393,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
 #pragma unroll
     for (int r = 0; r < TILE; r++) sh.partial[slot][warp][r][(lane & 16) + 4 * q + order] = totals[r];
     __syncwarp();
-    if (lane == 0) barrier_arrive(&sh.done[slot]);
+    barrier_arrive(&sh.done[slot]);
   }
   for (int it = max(tiles - RING, 0); it < tiles; it++) {
     barrier_wait(&sh.done[it % RING], it / RING & 1);
