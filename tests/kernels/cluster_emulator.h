@@ -82,9 +82,14 @@ struct Machine {
   std::mt19937 random;
   std::function<void()> body;
   Index block_index;
+  bool failed = false;
 };
 static Machine machine;
 
+static inline void fail(const char* what) {
+  if (!machine.failed) fprintf(stderr, "emulator: %s\n", what);
+  machine.failed = true;
+}
 static inline void pause_fiber() { emulator_swap(&machine.current->stack_pointer, machine.scheduler); }
 template <typename F> static inline void wait_until(F condition) {
   while (!condition()) pause_fiber();
@@ -163,7 +168,7 @@ inline void cluster_sync() {
 }
 inline u32 shared_address(const void* p) {
   const i64 offset = (const u8*)p - machine.current->block->memory;
-  if (offset < 0 || offset >= 1 << 24) fprintf(stderr, "emulator: an address outside shared memory\n"), abort();
+  if (offset < 0 || offset >= 1 << 24) fail("an address outside shared memory");
   return (machine.current->rank << 24) | (u32)offset;
 }
 inline u32 in_block(u32 address, u32 rank) { return (address & 0xffffff) | rank << 24; }
@@ -172,7 +177,7 @@ inline u8* resolve(u32 address) { return machine.blocks[address >> 24].memory + 
 struct Barrier { int bytes; short pending; u8 count, phase; };
 static_assert(sizeof(Barrier) == 8, "");
 inline void check(Barrier* b) {
-  if (b->pending < 0) fprintf(stderr, "emulator: more arrivals than a barrier's count\n"), abort();
+  if (b->pending < 0) fail("more arrivals than a barrier's count");
   if (b->pending == 0 && b->bytes == 0) b->phase ^= 1, b->pending = b->count;
 }
 inline void barrier_init(u64* bar, u32 count) { *(Barrier*)bar = {0, (short)count, (u8)count, 0}; }
@@ -185,14 +190,14 @@ inline void barrier_wait_cluster(u64* bar, u32 parity) { barrier_wait(bar, parit
 inline void landed(Barrier* b, int bytes) { b->bytes -= bytes; check(b); }
 
 template <typename V> inline void send(u32 to, V v, u32 bar) {
-  if (to >> 24 != bar >> 24 || to % sizeof(V)) fprintf(stderr, "emulator: a store and its barrier do not fit\n"), abort();
+  if (to >> 24 != bar >> 24 || to % sizeof(V)) fail("a store and its barrier do not fit");
   u8* target = resolve(to);
   memset(target, 0xff, sizeof v);
   later([=] { memcpy(target, &v, sizeof v); landed((Barrier*)resolve(bar), sizeof v); });
 }
 inline u64 keep_policy() { return 0; }
 inline void bulk_copy(void* to, const void* from, u32 bytes, u64* bar, u64) {
-  if ((u64)to % 16 || (u64)from % 16 || bytes % 16) fprintf(stderr, "emulator: a bulk copy is not aligned\n"), abort();
+  if ((u64)to % 16 || (u64)from % 16 || bytes % 16) fail("a bulk copy is not aligned");
   memset(to, 0xff, bytes);
   later([=] { memcpy(to, from, bytes); landed((Barrier*)bar, bytes); });
 }
@@ -216,7 +221,7 @@ inline u16 from_float(float v) {
 inline float to_float(u16 v) { return bf16(v); }
 inline u32 pack_bf16(float low, float high) { return from_float(low) | (u32)from_float(high) << 16; }
 
-// ---- a launch: clusters one after the other; 0, or 1 where all wait and nothing happens any more
+// ---- a launch: clusters one after the other; 0, or 1 after a deadlock or a misuse (stderr says which)
 
 static int launch(int clusters, int cluster, int threads, int shared_bytes, u32 seed, std::function<void()> body) {
   constexpr int STACK = 64 << 10;
@@ -275,12 +280,10 @@ static int launch(int clusters, int cluster, int threads, int shared_bytes, u32 
       }
       idle = machine.progress == last_progress ? idle + 1 : 0;
       last_progress = machine.progress;
-      if (idle > 2000) {
-        fprintf(stderr, "emulator: deadlock after %llu rounds\n", machine.now);
-        return 1;
-      }
+      if (idle > 2000) fail("a deadlock");
+      if (machine.failed) return 1;
     }
-    if (!machine.events.empty()) return fprintf(stderr, "emulator: blocks ended before their copies\n"), 2;
+    if (!machine.events.empty()) return fail("blocks ended before what was sent to them"), 1;
   }
   return 0;
 }

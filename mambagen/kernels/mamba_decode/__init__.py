@@ -52,7 +52,7 @@ class StackWeights(NamedTuple):
 class Sampling:
     """How the next token is drawn from the logits.
 
-    The random number of a token is a function of (seed, stream, position) alone: Philox4x32-10 with the seed as its key.
+    The random number of a token is a function of (seed, stream, position) alone: Philox4x32-10, its key the seed.
     So a stream's tokens do not depend on its neighbours in the batch or on how a run is cut into calls.
     """
 
@@ -78,7 +78,10 @@ class Sampling:
 class Decoder(Protocol):
     """What every backend offers; it holds the state of `batch` streams and the logits of their next tokens."""
 
-    logits: Tensor  # (batch, vocabulary) float32: of the next token
+    @property
+    def logits(self) -> Tensor:
+        """(batch, vocabulary) float32, of the next token; may be written to."""
+        ...
 
     def read(self, tokens: Tensor) -> Tensor:
         """Given tokens (batch, steps), the logits after each, (batch, steps, vocabulary) float32."""
@@ -105,9 +108,7 @@ class Decoder(Protocol):
         ...
 
 
-def make_decoder(
-    weights: StackWeights, batch: int = 1, backend: str = "auto", precision: str = "bfloat16"
-) -> Decoder:
+def make_decoder(weights: StackWeights, batch: int = 1, backend: str = "auto", precision: str = "bfloat16") -> Decoder:
     """A decoder for `batch` streams on the device of the weights, with its state at zero.
 
     Args:

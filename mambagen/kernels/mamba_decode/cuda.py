@@ -1,7 +1,7 @@
 """Decoding on NVIDIA GPUs with thread-block clusters (compute capability 9.0 and newer): one launch, many tokens.
 
-decode.cu is the kernel, cluster.cuh its instructions, sampling.cuh the draw; README.md derives them. This file packs the
-weights in the order in which the tensor cores read them and keeps the state.
+decode.cu is the kernel, cluster.cuh its instructions, sampling.cuh the draw; README.md derives them. This file packs
+the weights in the order in which the tensor cores read them and keeps the state.
 """
 
 import functools
@@ -23,6 +23,7 @@ WARPS = 8
 MAX_VOCABULARY = 1024
 MAX_STREAMS = 8  # of one cluster
 SMALLEST_SLOT = 16384  # bytes of one copy of weights
+EARLY_OUT = 32  # registers in which weights of out_proj wait for their activations
 LAUNCH_STEPS = 4096  # tokens of one launch: an interrupt is answered, a display's GPU stays usable
 
 
@@ -30,10 +31,11 @@ def unsupported(weights: StackWeights) -> str | None:
     """Why these weights cannot be decoded here, or None."""
     if torch.cuda.get_device_capability(weights.embedding.device) < (9, 0):
         return "the GPU is older than Hopper"
-    return unsupported_shape(weights) or why_unavailable()
+    limit, _ = chip(weights.embedding.device)
+    return unsupported_shape(weights, limit) or why_unavailable()
 
 
-def unsupported_shape(weights: StackWeights) -> str | None:
+def unsupported_shape(weights: StackWeights, shared_bytes: int) -> str | None:
     first = weights.layers[0]
     if first.A_log.shape[1] != STATE:
         return f"{first.A_log.shape[1]} states a channel (the kernel is for {STATE})"
@@ -43,6 +45,8 @@ def unsupported_shape(weights: StackWeights) -> str | None:
         return f"a vocabulary of {weights.head.shape[0]} (the kernel is for {MAX_VOCABULARY} or less)"
     if first.dt_proj.shape[1] > 64:
         return f"a rank of dt of {first.dt_proj.shape[1]} (the kernel is for 64 or less)"
+    if not Layout.of(weights, 1, 2, shared_bytes).fits:
+        return f"a layer of d_model {first.norm.shape[0]} needs more than the {shared_bytes} bytes of shared memory"
     return None
 
 
@@ -105,16 +109,16 @@ class Layout:
 
     @property
     def slot_bytes(self) -> int:
-        return _up(max(SMALLEST_SLOT, self.parameter_bytes, *self.step_bytes), 128)
+        out = self.step_bytes[2]
+        return _up(_up(max(SMALLEST_SLOT, self.parameter_bytes, *self.step_bytes), out), 128)
 
     @property
     def chunks(self) -> tuple[int, int]:
         """Copies for a layer and for the head."""
+        steps = (self.width // 16, self.channels // 16, self.channels // 16, self.width // 16)
         counts = [
-            math.ceil(steps / min(steps, self.slot_bytes // size))
-            for steps, size in zip(
-                (self.width // 16, self.channels // 16, self.channels // 16, self.width // 16), self.step_bytes, strict=True
-            )
+            math.ceil(count / min(count, self.slot_bytes // size))
+            for count, size in zip(steps, self.step_bytes, strict=True)
         ]
         return sum(counts[:3]) + 1, counts[3]
 
@@ -132,15 +136,20 @@ class Layout:
 
     @property
     def resident(self) -> bool:
+        """Whether all weights fit the ring, so that they are copied once a launch."""
         layer, head = self.chunks
-        return self.slots == self.layers * layer + head and self._fixed(self.slots) + self.block_bytes <= self.shared_bytes
+        everything = self.layers * layer + head
+        return self.slots == everything and self._fixed(everything) + self.block_bytes <= self.shared_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the ring can hold what a layer keeps at one time."""
-        out = math.ceil(self.channels // 16 / max(1, self.slot_bytes // self.step_bytes[2]))
-        mixed = math.ceil(self.channels // 16 / max(1, self.slot_bytes // self.step_bytes[1]))
-        return self.resident or self.slots >= mixed + out + 2
+        """Whether the ring can hold what is held at one time: a layer's table, x_proj and the first of out_proj."""
+        _, mixed, out, _ = self.step_bytes
+        steps = self.channels // 16
+        mixed_chunks = math.ceil(steps / min(steps, self.slot_bytes // mixed))
+        early = min(steps, EARLY_OUT // (4 * math.ceil(self.width // 16 / WARPS) * self.terms))
+        out_chunks = math.ceil(early / min(steps, self.slot_bytes // out))
+        return self.resident or self.slots >= 2 + mixed_chunks + out_chunks
 
     @property
     def fixed_bytes(self) -> int:
@@ -172,7 +181,7 @@ class Layout:
             "DTYPE": 1, "CLUSTER": self.cluster, "STREAMS": self.streams, "LAYERS": self.layers, "D": self.width,
             "EC": self.channels, "RP": self.rank, "VOCAB": self.vocabulary, "TERMS": self.terms,
             "HEAD_SPLIT": self.head_split, "SLOTS": self.slots, "SLOT_BYTES": self.slot_bytes,
-            "RESIDENT": self.resident, "FIXED_BYTES": self.fixed_bytes, "DUMP": dump,
+            "RESIDENT": self.resident, "FIXED_BYTES": self.fixed_bytes, "EARLY_OUT": EARLY_OUT, "DUMP": dump,
         }  # fmt: skip
 
     @property
@@ -182,7 +191,7 @@ class Layout:
 
 
 class CudaDecoder:
-    """`Decoder` by decode.cu. `cluster`, `streams` (of one cluster) and `dump` are for tuning and for finding faults."""
+    """`Decoder` by decode.cu; `cluster`, `streams` (of one cluster) and `dump` are for tuning and finding faults."""
 
     @torch.no_grad()
     def __init__(
@@ -197,8 +206,9 @@ class CudaDecoder:
         self.device = weights.embedding.device
         self.batch, self.dump = batch, dump
         first = weights.layers[0]
-        self._vocabulary, self._inner, self._taps = weights.head.shape[0], first.A_log.shape[0], first.conv_weight.shape[1]
-        self._width, self._epsilon = first.out_proj.shape[0], weights.epsilon
+        self._vocabulary, self._width = weights.head.shape
+        self._inner, self._taps = first.conv_weight.shape
+        self._epsilon = weights.epsilon
         terms = 1 if precision == "bfloat16" else 2
         self.layout = self._choose(weights, terms, cluster, streams)
         layout = self.layout
@@ -265,25 +275,26 @@ class CudaDecoder:
         return found | {"residual": found["residual"][..., : self._width]}
 
     def _choose(self, weights: StackWeights, terms: int, cluster: int | None, streams: int | None) -> Layout:
-        limit, processors = self._chip()
+        limit = self._shared_limit()
         if streams is None:
-            # one stream a cluster as long as the chip has clusters left, then up to MAX_STREAMS, then waves
-            size = Layout.of(weights, 1, terms, limit, cluster).cluster
-            clusters = max(1, processors // size)
-            wanted = math.ceil(self.batch / clusters)
+            # one stream a cluster as long as clusters can run side by side, then up to MAX_STREAMS, then waves
+            alone = Layout.of(weights, 1, terms, limit, cluster)
+            wanted = math.ceil(self.batch / max(1, self._side_by_side(alone)))
             streams = min(MAX_STREAMS, 1 << (wanted - 1).bit_length())
         while True:
             layout = Layout.of(weights, streams, terms, limit, cluster)
             if layout.fits:
                 return layout
             if streams == 1:
-                raise ValueError(f"mamba_decode: a layer needs more shared memory than the {limit} bytes of this GPU")
+                raise ValueError(f"mamba_decode: {unsupported_shape(weights, limit)}")
             streams //= 2
 
-    def _chip(self) -> tuple[int, int]:
-        """Shared memory that a block may use, and multiprocessors."""
-        found = torch.cuda.get_device_properties(self.device.index or 0)
-        return found.shared_memory_per_block_optin, found.multi_processor_count
+    def _shared_limit(self) -> int:
+        return chip(self.device)[0]
+
+    def _side_by_side(self, layout: Layout) -> int:
+        """How many clusters run at the same time."""
+        return _active_clusters(self.device.index or 0, layout.cluster, layout.launch_bytes)
 
     def _launch(
         self,
@@ -298,8 +309,8 @@ class CudaDecoder:
         if self.dump:
             self._dump = torch.zeros(steps, layout.layers, self.rows, layout.dump_row, device=self.device)
         tensors = (
-            self._weights, self._embedding, self._squares, self._bias, self._ssm, self._conv, self._logits, self._streams,
-            forced, drawn, after, self._dump,
+            self._weights, self._embedding, self._squares, self._bias, self._ssm, self._conv, self._logits,
+            self._streams, forced, drawn, after, self._dump,
         )  # fmt: skip
         pointers = [0 if v is None else v.data_ptr() for v in tensors]
         top_k = layout.vocabulary if sampling.top_k is None else min(sampling.top_k, layout.vocabulary)
@@ -314,6 +325,20 @@ class CudaDecoder:
         index = self.device.index or 0
         kernel = _kernel(index, tuple(layout.defines(self.dump).items()), layout.launch_bytes)
         kernel((self.clusters * layout.cluster, 1, 1), 32 * WARPS, parameters, layout.cluster)
+
+
+def chip(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory that a block may use, and multiprocessors."""
+    found = torch.cuda.get_device_properties(device)
+    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block), found.multi_processor_count
+
+
+@functools.cache
+def _active_clusters(device: int, cluster: int, shared_bytes: int) -> int:
+    probe = Kernel('extern "C" __global__ void probe(int) {}', "probe", {}, device, shared_bytes)
+    if cluster > 8:
+        probe.allow_large_clusters()
+    return probe.active_clusters(32 * WARPS, cluster)
 
 
 @functools.cache

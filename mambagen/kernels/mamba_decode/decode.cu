@@ -14,12 +14,9 @@
 //
 // Macros: CLUSTER, STREAMS, LAYERS, D (d_model, padded), EC, RP (rank of dt, padded), VOCAB, TERMS (1: weights in
 // bfloat16; 2: in two, high and low), HEAD_SPLIT (1: each block computes its own part of the head), SLOTS, SLOT_BYTES,
-// RESIDENT (1: all weights fit the ring and are copied once), FIXED_BYTES (of Shared), DUMP (1: leaves every stage).
-#ifndef EARLY_IN
-#define EARLY_IN 64  // registers for weights of in_proj and out_proj that wait for their activations
-#define EARLY_OUT 32
-#define AHEAD_PASSES (STREAMS > 8 ? 2 : STREAMS > 4 ? 4 : 8)  // states that wait for their pass of the scan
-#endif
+// RESIDENT (1: all weights fit the ring and are copied once), FIXED_BYTES (of Shared), EARLY_OUT, DUMP (1: leaves every stage).
+constexpr int EARLY_IN = 64;  // registers for weights of in_proj that wait for their activations, as EARLY_OUT for out_proj
+constexpr int AHEAD_PASSES = STREAMS > 8 ? 2 : STREAMS > 4 ? 4 : 8;  // states that wait for their pass of the scan
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int NT = (STREAMS + 3) / 4;               // column tiles
 constexpr int KD = D / 16, KE = EC / 16;            // steps of the sums over the residual's and the block's channels
@@ -337,7 +334,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
     // ---- the token, which every block draws for itself from the same logits
     for (int stream = warp; stream < STREAMS; stream += WARPS) {
       int token;
-      if (p.forced) token = p.forced[(i64)step * p.streams + first + stream];
+      if (p.forced) token = most(0, least(p.forced[(i64)step * p.streams + first + stream], VOCAB - 1));
       else token = draw_token(shared.logits[stream], p.bias, p.sampling, p.position + step, p.stream_ids[first + stream]);
       if (lane == 0) {
         shared.token[stream] = token;

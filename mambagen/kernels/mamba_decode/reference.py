@@ -19,10 +19,10 @@ class ReferenceDecoder:
         self.wide = torch.promote_types(weights.embedding.dtype, torch.float32)
         first = weights.layers[0]
         channels, width = first.conv_weight.shape
-        options = {"device": weights.embedding.device, "dtype": self.wide}
-        self._conv = [torch.zeros(batch, width - 1, channels, **options) for _ in weights.layers]
-        self._ssm = [torch.zeros(batch, *first.A_log.shape, **options) for _ in weights.layers]
-        self.logits = torch.zeros(batch, weights.head.shape[0], **options)
+        zero = torch.zeros((), device=weights.embedding.device, dtype=self.wide)
+        self._conv = [zero.new_zeros(batch, width - 1, channels) for _ in weights.layers]
+        self._ssm = [zero.new_zeros(batch, *first.A_log.shape) for _ in weights.layers]
+        self.logits = zero.new_zeros(batch, weights.head.shape[0])
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
