@@ -23,6 +23,12 @@ from mambagen.errors import InterruptedRun, MambagenError
 # name -> (module:attribute, the line that --help shows)
 COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain-dna": ("mambagen.commands.pretrain_dna:pretrain_dna", "Train a Mamba language model on DNA."),
+    "train-classifier": (
+        "mambagen.commands.train_classifier:train_classifier",
+        "Train a classifier of labelled DNA sequences.",
+    ),
+    "classify": ("mambagen.commands.classify:classify", "Tell the class of each record of a FASTA."),
+    "check-rc": ("mambagen.commands.check_rc:check_rc", "Check that a model answers both strands of DNA alike."),
     "data": ("mambagen.commands.data:data", "List, show, fetch and verify the data sets known by name."),
     "doctor": ("mambagen.commands.doctor:doctor", "Show what this machine offers and check the kernels on it."),
 }

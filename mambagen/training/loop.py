@@ -159,6 +159,8 @@ def train(
                 saved, saved_at = save(position), position
             if evaluation_due or save_due:
                 log.restart_clock()
+            if evaluation_due and getattr(task, "done", False):
+                break
 
         read()
         if stop.signal:

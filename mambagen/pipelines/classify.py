@@ -1,0 +1,103 @@
+"""Classes of the records of FASTA and GenBank files, a row a record in their order.
+
+From Python:
+
+    from mambagen.pipelines.classify import classify
+    for row in classify("runs/my-run/model", ["new.fa"]):
+        print(row.record, row.predicted, row.probabilities)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from mambagen.data.dna_tokens import DnaTokenizer
+from mambagen.data.fasta import Record, read_records
+from mambagen.errors import InputError, MambagenError, ModelError
+from mambagen.models import load_model
+from mambagen.models.files import first_fault
+from mambagen.models.heads import SequenceClassifier
+from mambagen.pipelines.sequence_classification import predict
+from mambagen.training.loop import choose_device
+
+AT_A_TIME = 64  # batches of bases that are read before they are sorted by length
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A record and the probability of each class."""
+
+    path: str
+    record: str
+    length: int
+    predicted: str
+    probabilities: tuple[float, ...]
+
+
+class Classifier:
+    """A model of `train-classifier`, ready to be asked."""
+
+    def __init__(
+        self, folder: Path | str, device: str = "auto", batch_tokens: int = 1 << 16, average_strands: bool = False
+    ) -> None:
+        """`average_strands`: the answer is that of a record and of its reverse complement together."""
+        self.model, fields = load_model(folder, choose_device(device), kinds=[SequenceClassifier.kind])
+        self.classes: tuple[str, ...] = self.model.classes
+        self.batch_tokens, self.average_strands = batch_tokens, average_strands
+        try:
+            self.tokenizer = DnaTokenizer.model_validate(fields["tokenizer"])
+        except ValidationError as error:
+            raise ModelError(f"{folder}: tokenizer: {first_fault(error)}") from None
+
+    def rows(self, records: Sequence[Record]) -> Iterator[Classified]:
+        """The records' classes."""
+        if not records:
+            return
+        sequences = [self.tokenizer.encode(record.sequence) for record in records]
+        chances = np.exp(predict(self.model, sequences, self.batch_tokens, self.average_strands))
+        for record, row in zip(records, chances, strict=True):
+            predicted = self.classes[int(row.argmax())]
+            yield Classified(record.path, record.id, len(record), predicted, tuple(row.tolist()))
+
+    def file(self, path: Path | str) -> Iterator[Classified]:
+        """The records of one file, some at a time."""
+        held: list[Record] = []
+        bases = 0
+        for record in read_records(path):
+            held.append(record)
+            bases += len(record)
+            if bases >= AT_A_TIME * self.batch_tokens:
+                yield from self.rows(held)
+                held, bases = [], 0
+        yield from self.rows(held)
+
+
+def classify(
+    folder: Path | str,
+    paths: Sequence[Path | str],
+    device: str = "auto",
+    batch_tokens: int = 1 << 16,
+    average_strands: bool = False,
+) -> Iterator[Classified]:
+    """The records of all files; a file that cannot be read does not keep the others from being done.
+
+    Raises:
+        ModelError: the folder holds no classifier. At the end, InputError: names the files that could not be read.
+    """
+    classifier = Classifier(folder, device, batch_tokens, average_strands)
+    yield from each_file(classifier, paths)
+
+
+def each_file(classifier: Classifier, paths: Sequence[Path | str]) -> Iterator[Classified]:
+    """`classify` with a model that is loaded already."""
+    failures: list[MambagenError] = []
+    for path in paths:
+        try:
+            yield from classifier.file(path)
+        except InputError as error:
+            failures.append(error)
+    if failures:
+        raise InputError("; ".join(str(failure) for failure in failures))
