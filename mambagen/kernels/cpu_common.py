@@ -142,8 +142,9 @@ def _on_threads(function: int, call: Callable[[int], None], parameters: int, thr
     pool = _pool(threads - 1)
     others = [pool.submit(call, parameters) for _ in range(threads - 1)]
     call(parameters)
-    for other in others:
-        other.result()
+    for other in others:  # all tasks are claimed by now: a thread that did not wake in time is not waited for
+        if not other.cancel():
+            other.result()
 
 
 @functools.cache
