@@ -296,9 +296,5 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` CPU threads in torch and numba; sums are split by threads, so results repeat at one count only."""
+    """Use `count` CPU threads, in torch and in the CPU kernels, which run on torch's threads."""
     torch.set_num_threads(count)
-    with contextlib.suppress(ImportError):
-        import numba
-
-        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]

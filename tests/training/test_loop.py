@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -214,6 +216,14 @@ def test_a_device_that_is_not_there_is_a_usage_error() -> None:
         with pytest.raises(UsageError, match="--device cuda: torch sees no CUDA device"):
             choose_device("cuda")
     assert choose_device("cpu").type == "cpu"
+
+
+def test_the_number_of_threads_is_kept(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", "from mambagen.training.loop import set_threads, torch\n"
+         "set_threads(1); print(torch.get_num_threads())"], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert process.stdout.strip() == "1"
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
