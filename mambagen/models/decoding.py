@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mambagen.errors import UsageError
-from mambagen.kernels.mamba_decode import LayerWeights, Sampling, StackWeights, make_decoder
+from mambagen.kernels.mamba_decode import LayerWeights, Sampling, StackWeights, choose_backend, make_decoder
 from mambagen.models.generation import PREFILL_CHUNK
 from mambagen.models.mamba_block import MambaBlock
 from mambagen.models.mamba_lm import MambaLM, State
@@ -40,7 +40,9 @@ class Decoder:
         """
         self.model, self.batch = model, batch
         try:
-            self._decoder = make_decoder(stack_weights(model), batch, backend, precision or "bfloat16")
+            weights = stack_weights(model)
+            self.backend = choose_backend(weights, backend)
+            self._decoder = make_decoder(weights, batch, self.backend, precision or "bfloat16")
         except ValueError as error:
             raise UsageError(str(error)) from error
         self._device = model.lm_head.weight.device

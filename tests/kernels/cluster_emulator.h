@@ -154,6 +154,7 @@ inline void multiply(float (&sum)[4], uint4 a, uint2 b) {
 // ---- blocks and clusters
 
 inline u8* dynamic_shared() { return machine.current->block->memory; }
+inline u32 read_clock() { return 0; }
 inline u32 cluster_rank() { return machine.current->rank; }
 inline void __syncthreads() {
   Fiber& f = *machine.current;
@@ -185,8 +186,8 @@ inline void barrier_init_done() {}
 inline void barrier_arrive(u64* bar) { Barrier* b = (Barrier*)bar; b->pending--; check(b); }
 inline void barrier_expect(u64* bar, u32 bytes) { Barrier* b = (Barrier*)bar; b->bytes += bytes, b->pending--; check(b); }
 inline bool barrier_test(u64* bar, u32 parity) { return ((Barrier*)bar)->phase != parity; }
-inline void barrier_wait(u64* bar, u32 parity) { wait_until([=] { return barrier_test(bar, parity); }); }
-inline void barrier_wait_cluster(u64* bar, u32 parity) { barrier_wait(bar, parity); }
+inline void wait_for(u64* bar, u32 parity) { wait_until([=] { return barrier_test(bar, parity); }); }
+inline void wait_for_cluster(u64* bar, u32 parity) { wait_for(bar, parity); }
 inline void landed(Barrier* b, int bytes) { b->bytes -= bytes; check(b); }
 
 template <typename V> inline void send(u32 to, V v, u32 bar) {

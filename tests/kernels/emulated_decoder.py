@@ -30,7 +30,7 @@ class EmulatedDecoder(cuda.CudaDecoder):
 
     def _run(self, parameters: bytes) -> None:
         layout = self.layout
-        library = _library(tuple(layout.defines(self.dump).items()))
+        library = _library(tuple(layout.defines(self.debug).items()))
         failed = library.emulate(parameters, self.clusters, layout.launch_bytes, self.seed)
         assert failed == 0, "the emulator stopped the kernel (its message is on stderr)"
 

@@ -42,6 +42,19 @@ def no_run_is_left(folder: Path) -> bool:
         (f">a\n{'N' * 5000}\n".encode(), "N"),
         (f">a\n{DNA}\nACGT ACGT?\n".encode(), ":3"),
     ],
+    ids=[
+        "empty",
+        "blank",
+        "no header",
+        "protein",
+        "FASTQ",
+        "cut-off gzip",
+        "UTF-16",
+        "duplicate ids",
+        "too short",
+        "nothing but N",
+        "blank inside",
+    ],
 )
 def test_bad_files_are_exit_3_and_named(content: bytes, told: str, pretrain: Pretrain, tmp_path: Path) -> None:
     (tmp_path / "bad.fa").write_bytes(content)

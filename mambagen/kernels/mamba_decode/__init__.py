@@ -18,7 +18,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "Decoder", "LayerWeights", "Sampling", "StackWeights", "make_decoder", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Decoder",
+    "LayerWeights",
+    "Sampling",
+    "StackWeights",
+    "choose_backend",
+    "make_decoder",
+    "why_not",
+]
 
 BACKENDS = ("auto", "cuda", "graph", "cpu", "reference")
 
@@ -125,14 +134,7 @@ def make_decoder(weights: StackWeights, batch: int = 1, backend: str = "auto", p
         raise ValueError(f"batch {batch} is less than 1")
     if precision not in ("bfloat16", "float32"):
         raise ValueError(f"precision {precision!r} is neither 'bfloat16' nor 'float32'")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        order = ("cuda", "graph") if weights.embedding.is_cuda else ("cpu",)
-        backend = next((name for name in order if why_not(name, weights) is None), "reference")
-    reason = why_not(backend, weights)
-    if reason:
-        raise ValueError(f"the backend {backend!r} cannot run this: {reason}")
+    backend = choose_backend(weights, backend)
     if backend == "cuda":
         from mambagen.kernels.mamba_decode.cuda import CudaDecoder
 
@@ -144,6 +146,19 @@ def make_decoder(weights: StackWeights, batch: int = 1, backend: str = "auto", p
     from mambagen.kernels.mamba_decode.reference import GraphDecoder, ReferenceDecoder
 
     return GraphDecoder(weights, batch) if backend == "graph" else ReferenceDecoder(weights, batch)
+
+
+def choose_backend(weights: StackWeights, backend: str = "auto") -> str:
+    """The backend that runs; ValueError where the one that was asked for cannot."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        order = ("cuda", "graph") if weights.embedding.is_cuda else ("cpu",)
+        return next((name for name in order if why_not(name, weights) is None), "reference")
+    reason = why_not(backend, weights)
+    if reason:
+        raise ValueError(f"the backend {backend!r} cannot run this: {reason}")
+    return backend
 
 
 def why_not(backend: str, weights: StackWeights) -> str | None:

@@ -7,6 +7,8 @@ __device__ __forceinline__ u8* dynamic_shared() {
   return memory;
 }
 
+__device__ __forceinline__ u32 read_clock() { u32 c; asm volatile("mov.u32 %0, %%clock;" : "=r"(c)); return c; }
+__device__ __forceinline__ u64 nanoseconds() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
 __device__ __forceinline__ u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
@@ -28,14 +30,25 @@ __device__ __forceinline__ bool barrier_test(u64* bar, u32 parity) {
                : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
   return done;
 }
-// Waits for what other blocks have sent.
-__device__ __forceinline__ void barrier_wait_cluster(u64* bar, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-  } while (!done);
-}
+// Until the barrier's phase of this parity is over. SCOPE is that of the threads whose writes are then seen: those that
+// brought the phase to its end.
+#define WAIT(NAME, SCOPE)                                                                                               \
+  __device__ __forceinline__ void NAME(u64* bar, u32 parity) {                                                          \
+    u32 done;                                                                                                           \
+    const u64 start = WATCHDOG ? nanoseconds() : 0;                                                                     \
+    do {                                                                                                                \
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire." SCOPE                                            \
+                   ".shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"                                              \
+                   : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");                                    \
+      if (WATCHDOG && !done && nanoseconds() - start > WATCHDOG * 1000000ull) {                                         \
+        printf("block %d thread %d waits for ever: barrier %u, parity %u\n", blockIdx.x, threadIdx.x,                   \
+               shared_address(bar) - shared_address(dynamic_shared()), parity);                                         \
+        asm volatile("trap;");                                                                                          \
+      }                                                                                                                 \
+    } while (!done);                                                                                                    \
+  }
+WAIT(wait_for, "cta")
+WAIT(wait_for_cluster, "cluster")  // for what other blocks have sent
 
 // Asynchronous stores to another block; its barrier counts the bytes when they have landed.
 __device__ __forceinline__ void send(u32 to, float a, u32 bar) {

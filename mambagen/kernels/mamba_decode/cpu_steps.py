@@ -45,19 +45,22 @@ def rms_norm(x, weight, vectors, inverse_width, epsilon, y):
 
 
 @njit
-def matrix_product(matrix, panels, inputs, x, x_row, y, y_row, streams, add):
-    """y = matrix x for each stream (rows of x and y that many bytes apart); with `add`, y += matrix x."""
+def matrix_product(matrix, panels, inputs, x, x_row, y, y_row, y_panel, streams, add):
+    """y = matrix x for each stream, or y += matrix x with `add`.
+
+    Streams lie x_row and y_row bytes apart, the outputs of one panel y_panel bytes from those of the next.
+    """
     panel = inputs * PANEL_BYTES
     if streams == 1:  # two panels at a time: eight sums hide the latency of each
         p = 0
         while p + 1 < panels:
-            _two_panels(matrix + p * panel, inputs, x, y + p * PANEL_BYTES, add)
+            _two_panels(matrix + p * panel, inputs, x, y + p * y_panel, y_panel, add)
             p += 2
         if p < panels:
-            _one_stream(matrix + p * panel, inputs, x, y + p * PANEL_BYTES, add)
+            _one_stream(matrix + p * panel, inputs, x, y + p * y_panel, add)
         return
     for p in range(panels):  # a panel stays in the cache while all streams meet it
-        w, to, i = matrix + p * panel, y + p * PANEL_BYTES, 0
+        w, to, i = matrix + p * panel, y + p * y_panel, 0
         while i + 3 < streams:
             _four_streams(w, inputs, x + i * x_row, x_row, to + i * y_row, y_row, add)
             i += 4
@@ -78,7 +81,7 @@ def _one_stream(w, inputs, x, y, add):
 
 
 @njit
-def _two_panels(w, inputs, x, y, add):
+def _two_panels(w, inputs, x, y, y_panel, add):
     a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     e, f, g, h = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(inputs):
@@ -86,7 +89,7 @@ def _two_panels(w, inputs, x, y, add):
         a, b, c, d = _step(w + k * PANEL_BYTES, v, a, b, c, d)
         e, f, g, h = _step(w + (inputs + k) * PANEL_BYTES, v, e, f, g, h)
     _finish(y, a, b, c, d, add)
-    _finish(y + PANEL_BYTES, e, f, g, h, add)
+    _finish(y + y_panel, e, f, g, h, add)
 
 
 @njit

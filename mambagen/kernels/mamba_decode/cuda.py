@@ -7,7 +7,7 @@ the weights in the order in which the tensor cores read them and keeps the state
 import functools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mambagen.kernels.mamba_decode import LayerWeights, Sampling, StackWeights
 from mambagen.kernels.nvrtc import Kernel, why_unavailable
 
 STATE, WIDTH = 16, 4  # states a channel, taps of the convolution
-WARPS = 8
+WARPS, MARKS = 8, 12
 MAX_VOCABULARY = 1024
 MAX_STREAMS = 8  # of one cluster
 SMALLEST_SLOT = 16384  # bytes of one copy of weights
@@ -176,12 +176,14 @@ class Layout:
         ring = self.block_bytes if self.resident else self.slots * self.slot_bytes
         return self.fixed_bytes + ring
 
-    def defines(self, dump: bool = False) -> dict[str, object]:
+    def defines(self, debug: Mapping[str, int] | None = None) -> dict[str, object]:
+        """Macros of decode.cu; `debug` sets some of DUMP, PROFILE and WATCHDOG, which the kernel explains."""
         return {
             "DTYPE": 1, "CLUSTER": self.cluster, "STREAMS": self.streams, "LAYERS": self.layers, "D": self.width,
             "EC": self.channels, "RP": self.rank, "VOCAB": self.vocabulary, "TERMS": self.terms,
             "HEAD_SPLIT": self.head_split, "SLOTS": self.slots, "SLOT_BYTES": self.slot_bytes,
-            "RESIDENT": self.resident, "FIXED_BYTES": self.fixed_bytes, "EARLY_OUT": EARLY_OUT, "DUMP": dump,
+            "RESIDENT": self.resident, "FIXED_BYTES": self.fixed_bytes, "EARLY_OUT": EARLY_OUT,
+            "DUMP": 0, "PROFILE": 0, "WATCHDOG": 0, **(debug or {}),
         }  # fmt: skip
 
     @property
@@ -191,7 +193,7 @@ class Layout:
 
 
 class CudaDecoder:
-    """`Decoder` by decode.cu; `cluster`, `streams` (of one cluster) and `dump` are for tuning and finding faults."""
+    """`Decoder` by decode.cu; `cluster`, `streams` (of one cluster) and `debug` are for tuning and finding faults."""
 
     @torch.no_grad()
     def __init__(
@@ -201,10 +203,10 @@ class CudaDecoder:
         precision: str = "bfloat16",
         cluster: int | None = None,
         streams: int | None = None,
-        dump: bool = False,
+        debug: Mapping[str, int] | None = None,
     ) -> None:
         self.device = weights.embedding.device
-        self.batch, self.dump = batch, dump
+        self.batch, self.debug = batch, dict(debug or {})
         first = weights.layers[0]
         self._vocabulary, self._width = weights.head.shape
         self._inner, self._taps = first.conv_weight.shape
@@ -262,7 +264,7 @@ class CudaDecoder:
         return [v.clone() for v in conv], [v.clone() for v in self._ssm[:, : self.batch, : self._inner]]
 
     def stages(self) -> dict[str, Tensor]:
-        """With `dump`: what the last call computed at every stage, each (steps, layers, batch, ...)."""
+        """With debug DUMP: what the last call computed at every stage, each (steps, layers, batch, ...)."""
         assert self._dump is not None
         layout, inner = self.layout, self.layout.channels * self.layout.cluster
         parts = self._dump[:, :, : self.batch].split(
@@ -273,6 +275,11 @@ class CudaDecoder:
         for name in ("x", "convolved", "gate", "y", "dt"):
             found[name] = found[name][..., : self._inner]
         return found | {"residual": found["residual"][..., : self._width]}
+
+    def profile(self) -> Tensor:
+        """With debug PROFILE: clock cycles that each warp of the first block spent in each MARK of decode.cu."""
+        assert self._dump is not None
+        return self._dump.flatten()[: WARPS * MARKS].view(WARPS, MARKS)
 
     def _choose(self, weights: StackWeights, terms: int, cluster: int | None, streams: int | None) -> Layout:
         limit = self._shared_limit()
@@ -306,7 +313,7 @@ class CudaDecoder:
     ) -> None:
         steps = len(drawn if forced is None else forced)  # type: ignore[arg-type]
         layout = self.layout
-        if self.dump:
+        if self.debug:
             self._dump = torch.zeros(steps, layout.layers, self.rows, layout.dump_row, device=self.device)
         tensors = (
             self._weights, self._embedding, self._squares, self._bias, self._ssm, self._conv, self._logits,
@@ -323,7 +330,7 @@ class CudaDecoder:
     def _run(self, parameters: bytes) -> None:
         layout = self.layout
         index = self.device.index or 0
-        kernel = _kernel(index, tuple(layout.defines(self.dump).items()), layout.launch_bytes)
+        kernel = _kernel(index, tuple(layout.defines(self.debug).items()), layout.launch_bytes)
         kernel((self.clusters * layout.cluster, 1, 1), 32 * WARPS, parameters, layout.cluster)
 
 

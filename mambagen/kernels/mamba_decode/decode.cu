@@ -14,7 +14,9 @@
 //
 // Macros: CLUSTER, STREAMS, LAYERS, D (d_model, padded), EC, RP (rank of dt, padded), VOCAB, TERMS (1: weights in
 // bfloat16; 2: in two, high and low), HEAD_SPLIT (1: each block computes its own part of the head), SLOTS, SLOT_BYTES,
-// RESIDENT (1: all weights fit the ring and are copied once), FIXED_BYTES (of Shared), EARLY_OUT, DUMP (1: leaves every stage).
+// RESIDENT (1: all weights fit the ring and are copied once), FIXED_BYTES (of Shared), EARLY_OUT.
+// For finding faults, 0 otherwise: DUMP (1: leaves every stage), PROFILE (1: clock cycles of every part of a layer by warp of
+// the first block), WATCHDOG (milliseconds after which a wait is given up with a message).
 constexpr int EARLY_IN = 64;  // registers for weights of in_proj that wait for their activations, as EARLY_OUT for out_proj
 constexpr int AHEAD_PASSES = STREAMS > 8 ? 2 : STREAMS > 4 ? 4 : 8;  // states that wait for their pass of the scan
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
@@ -125,7 +127,7 @@ __device__ __noinline__ int copy_chunks(Shared& shared, u8* memory, int steps, i
   int copied = 0;
   for (; f.step < (RESIDENT ? 1 : steps); copied++) {
     if (!RESIDENT) {
-      if (copied < needed) barrier_wait(&shared.empty[f.slot], f.parity);
+      if (copied < needed) wait_for(&shared.empty[f.slot], f.parity);
       else if (!barrier_test(&shared.empty[f.slot], f.parity)) break;
     }
     const u32 bytes = chunk_bytes(f.layer == LAYERS ? LAYER_CHUNKS + f.chunk : f.chunk);
@@ -159,7 +161,7 @@ struct Ring {
   __device__ __forceinline__ const u8* wait() {
     if (!RESIDENT && is_feeder() && ahead == 0) copy(1);
     ahead--;
-    barrier_wait(&shared.full[slot], parity);
+    wait_for(&shared.full[slot], parity);
     return memory + offset;
   }
   // Every warp goes past every chunk, whether it has read from it or not.
@@ -275,6 +277,13 @@ __device__ __forceinline__ float inverse_norm(const Shared& shared, const Parame
   return rsqrt_of(fmaf(sum, p.inverse_width, p.epsilon));
 }
 
+#if PROFILE
+#define MARK(part) { const u32 now = read_clock(); spent[part] += now - last; last = now; }
+#else
+#define MARK(part)
+#endif
+constexpr int MARKS = 12;
+
 constexpr int DUMP_ROW = D + 4 * E + XR + E;  // residual before, x, convolved, gate, y, mixed, dt
 __device__ __forceinline__ float* dump_row(const Parameters& p, int step, int layer, int stream) {
   return p.dump + (((i64)step * LAYERS + layer) * p.streams + stream) * DUMP_ROW;
@@ -285,6 +294,9 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
   const int first = blockIdx.x / CLUSTER * STREAMS;  // stream of this cluster
   Ring ring{shared, memory, p.steps};
   if (ring.is_feeder()) ring.copy(0);
+#if PROFILE
+  u32 spent[MARKS] = {}, last = read_clock();
+#endif
   u32 parity = 0;  // of the exchanges of a layer, which all happen once a layer
   u32 head_parity = 0;
 
@@ -332,6 +344,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
     in.fetch(ring);
 
     // ---- the token, which every block draws for itself from the same logits
+#pragma unroll 1
     for (int stream = warp; stream < STREAMS; stream += WARPS) {
       int token;
       if (p.forced) token = most(0, least(p.forced[(i64)step * p.streams + first + stream], VOCAB - 1));
@@ -362,13 +375,15 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
       const int next = layer + 1 < LAYERS ? layer + 1 : 0;
       // ---- x and z of the block's channels; convolution
       if (layer) {
-        barrier_wait_cluster(&shared.residual_here, parity ^ 1);
+        wait_for_cluster(&shared.residual_here, parity ^ 1);
         if (thread == 0) barrier_expect(&shared.residual_here, STREAMS * D * 4);
       }
+      MARK(0)  // until the residual has come
       float2 xz[IN_MINE][NT];
       in.finish(ring, shared.residual, xz);
+      MARK(1)  // in_proj
       if (layer) {
-        barrier_wait_cluster(&shared.squares_here, parity ^ 1);
+        wait_for_cluster(&shared.squares_here, parity ^ 1);
         if (thread == 0) barrier_expect(&shared.squares_here, STREAMS * SQUARES * 4);
       }
       const float* const table = (const float*)ring.wait();  // the layer's parameters, held until the scan is done
@@ -416,10 +431,12 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
           }
         }
       }
+      MARK(2)  // norm, convolution, gate
       mix.fetch(ring);
       __syncthreads();
       ring.refill();
 
+      MARK(3)  // until all have written
       // ---- what all channels say about dt, B and C
       float2 partial_mixed[mix.MINE][NT];
       mix.finish(ring, shared.convolved_split, partial_mixed);
@@ -436,9 +453,11 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
             send(in_block(to, peer), partial_mixed[i][nt], in_block(shared_address(&shared.mixed_here), peer));
           }
         }
+      MARK(4)  // x_proj and its sends
       out.fetch(ring);
-      barrier_wait_cluster(&shared.mixed_here, parity);
+      wait_for_cluster(&shared.mixed_here, parity);
       if (thread == 0) barrier_expect(&shared.mixed_here, CLUSTER * STREAMS * XR * 4);
+      MARK(5)  // until the partial sums have come
       for (int i = thread; i < STREAMS * XR; i += THREADS) {
         float sum = 0.f;
 #pragma unroll
@@ -447,6 +466,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
       }
       __syncthreads();
 
+      MARK(6)  // their sums
       // ---- the scan's step
 #pragma unroll 1
       for (int base = 0; base < PASSES; base += GROUP) {
@@ -491,6 +511,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
         for (int i = thread; i < STREAMS * XR; i += THREADS)
           dump_row(p, step, layer, first + i / XR)[D + 4 * E + i % XR] = shared.mixed[i / XR][i % XR];
 #endif
+      MARK(7)  // the scan
       ring.release(table_slot);
       __syncthreads();
 
@@ -507,16 +528,18 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
           const u32 to = shared_address((float*)shared.partial[rank] + (stream * OT + tile / CLUSTER) * 16 + 2 * g);
           send(in_block(to, owner), rows[i][nt], in_block(shared_address(&shared.partial_here), owner));
         }
+      MARK(8)  // out_proj and its sends, with the wait before
       ring.refill();
       if (layer + 1 < LAYERS) in.fetch(ring);
 
+      MARK(9)  // weights of the next layer into registers
       // ---- the owner sums and tells all
 #pragma unroll
       for (int i = 0; i < TASKS; i++) {
         const int task = i * THREADS + thread, quad = task / CLUSTER, peer = task % CLUSTER;
         if (task - lane >= STREAMS * QUADS * CLUSTER) continue;  // none of the warp's
         if (i == 0) {
-          barrier_wait_cluster(&shared.partial_here, parity);
+          wait_for_cluster(&shared.partial_here, parity);
           if (thread == 0) barrier_expect(&shared.partial_here, CLUSTER * STREAMS * QUADS * 16);
         }
         const bool mine = quad < STREAMS * QUADS;
@@ -542,13 +565,14 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
           send(in_block(to, peer), square, in_block(shared_address(&shared.squares_here), peer));
         }
       }
+      MARK(10)  // the new residual
       parity ^= 1;
     }
 
     // ---- the head
     constexpr int HEAD_MINE = parts(HT, WARPS), PART = KD / HEAD_PARTS;
     const int part = HEAD_PARTS > 1 ? warp / HT : 0, tile0 = HEAD_PARTS > 1 ? warp % HT : warp;
-    barrier_wait_cluster(&shared.residual_here, parity ^ 1);
+    wait_for_cluster(&shared.residual_here, parity ^ 1);
     if (thread == 0) barrier_expect(&shared.residual_here, STREAMS * D * 4);
     float sum[HEAD_MINE][NT][4] = {};
     for (int k = 0; k < KD; k += HEAD_CHUNK) {
@@ -590,10 +614,10 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
           *(float2*)&shared.head[part][stream][tile * 16 + 2 * g] = v;
         }
       }
-    barrier_wait_cluster(&shared.squares_here, parity ^ 1);
+    wait_for_cluster(&shared.squares_here, parity ^ 1);
     if (thread == 0) barrier_expect(&shared.squares_here, STREAMS * SQUARES * 4);
     if (HEAD_SPLIT) {
-      barrier_wait_cluster(&shared.head_here, head_parity);
+      wait_for_cluster(&shared.head_here, head_parity);
       if (thread == 0) barrier_expect(&shared.head_here, HEAD_PARTS * STREAMS * VOCAB * 4);
       head_parity ^= 1;
     }
@@ -611,7 +635,12 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
       }
     }
     __syncthreads();
+    MARK(11)  // everything outside the layers
   }
+#if PROFILE
+  if (blockIdx.x == 0 && lane == 0)
+    for (int i = 0; i < MARKS; i++) p.dump[warp * MARKS + i] = (float)spent[i];
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Parameters p) {
