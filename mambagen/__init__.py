@@ -19,22 +19,21 @@ __version__ = "0.1.0"
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[MambaLM, DnaTokenizer]:
-    """The model of a folder, in evaluation mode on `device`, and the tokenizer that it was trained with.
+    """The model of a folder, or a built-in one by its name, in evaluation mode on `device`, and its tokenizer.
 
     Raises:
         ModelError: the folder is missing, damaged, or of a kind or version that this mambagen does not know.
     """
-    from pathlib import Path
-
     from pydantic import ValidationError
 
     from mambagen.data.dna_tokens import DnaTokenizer
     from mambagen.errors import ModelError
+    from mambagen.models.builtin import find_model
     from mambagen.models.files import first_fault
     from mambagen.models.saving import CONFIG, load_model
 
     model, config = load_model(folder, device)
-    where = Path(folder) / CONFIG
+    where = find_model(folder) / CONFIG
     try:
         tokenizer = DnaTokenizer.model_validate(config["tokenizer"])
     except ValidationError as error:

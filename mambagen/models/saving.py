@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mambagen import __version__
 from mambagen.errors import ModelError
+from mambagen.models.builtin import find_model
 from mambagen.models.config import MambaConfig
 from mambagen.models.files import Writer, first_fault, read_json, verify_folder, write_folder_atomically
 from mambagen.models.heads import ClassifierConfig, EncoderModelConfig, MaskedLM, SequenceClassifier
@@ -77,7 +78,8 @@ def model_writers(model: Model, tokenizer: Mapping[str, Any], card: str) -> dict
 def load_model(
     folder: Path | str, device: torch.device | str = "cpu", kinds: Sequence[str] | None = None
 ) -> tuple[Model, dict[str, Any]]:
-    """The model of a folder, in evaluation mode and float32 on `device`, and its config.json as a dictionary.
+    """The model of a folder (or a built-in one by its name), in evaluation mode and float32 on `device`, and its
+    config.json as a dictionary.
 
     The folder is verified against its manifest first, so a cut-off file or a flipped bit is found. Training
     checkpoints, which are model folders with more in them, load too. `kinds` are those that the caller can use.
@@ -85,7 +87,7 @@ def load_model(
     Raises:
         ModelError: names the file that is missing, damaged, or of a version or kind that this mambagen does not know.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     verify_folder(folder, [CONFIG, WEIGHTS])
     fields = read_json(folder / CONFIG)
     kind, config = _checked_config(folder / CONFIG, fields)

@@ -223,7 +223,7 @@ def measure(
 
 def figures_of(log_probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> Figures:
     """The figures of predictions (rows, classes) against labels (rows,)."""
-    from sklearn.metrics import (  # type: ignore[import-untyped]
+    from sklearn.metrics import (
         accuracy_score,
         confusion_matrix,
         f1_score,
@@ -251,8 +251,8 @@ def kmer_baseline(
     train: Labelled, valid: Labelled, test: Labelled, classes: Sequence[str], k: int = 5
 ) -> tuple[Figures, Figures]:
     """(validation, test) figures of a logistic regression on k-mer frequencies, its strength chosen on validation."""
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
 
     from mambagen.data.kmers import kmer_frequencies
 
