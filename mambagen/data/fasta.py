@@ -1,7 +1,8 @@
-"""DNA records out of FASTA and GenBank files: plain, gzip or bgzip, any line ends, from a path or from stdin.
+"""DNA records out of FASTA, GenBank and 2bit files: plain, gzip or bgzip, any line ends, from a path or from stdin.
 
 A file is checked as it is read: what is no DNA sequence is refused with its file, line and record. Blanks at the end of
-a line are dropped, an empty record is left out with a warning, and every IUPAC nucleotide code is let through.
+a line are dropped, an empty record is left out with a warning (or handed out, with ``keep_empty``), and every IUPAC
+nucleotide code is let through. U is read as T wherever tokens are made; with ``rna`` the letters themselves become T.
 """
 
 import io
@@ -9,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,35 +18,46 @@ from numpy.typing import NDArray
 
 from mambagen.data.byte_blocks import BLOCK, shown, text_blocks
 from mambagen.data.dna_tokens import IUPAC_CODES, UNAMBIGUOUS_CODES
+from mambagen.data.record import Record
+from mambagen.data.two_bit import is_two_bit, two_bit_records
 from mambagen.errors import InputError
+
+__all__ = ["Record", "as_dna", "read_records"]
 
 log = logging.getLogger("mambagen")
 
 _AMINO_ACIDS_ONLY = b"EFIJLOPQZefijlopqz*"
+_RNA_TO_DNA = bytes.maketrans(b"Uu", b"Tt")
 _NOT_DNA = re.compile(b"[^\n" + IUPAC_CODES + b"]")
 _BLANKS_AT_LINE_END = re.compile(rb"[ \t]+(?=\n|\Z)")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One sequence as it stands in a file: ``sequence`` is the (length,) uint8 array of its letters, in their case."""
+def read_records(
+    path: str | Path, block_size: int = BLOCK, *, rna: bool = False, keep_empty: bool = False
+) -> Iterator[Record]:
+    """The records of a FASTA, GenBank or 2bit file, in order; ``-`` reads stdin. The format is told by the content.
 
-    id: str
-    description: str  # the header's text after the id
-    sequence: NDArray[np.uint8]
-    path: str  # as it was given; "stdin" for -
-    line: int  # of its header, from 1
-
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-
-def read_records(path: str | Path, block_size: int = BLOCK) -> Iterator[Record]:
-    """The records of a FASTA or GenBank file, in order; ``-`` reads stdin. The format is told by the content.
+    Args:
+        rna: U and u become T and t in the records' letters.
+        keep_empty: empty records come too, with length 0, for jobs that answer every record; they are warned of.
 
     Raises InputError, naming file, line and record, where the file is not such a file, a record is not DNA or has no
     name, two records share a name, or none holds a sequence.
     """
+    for record in _checked_records(path, block_size, keep_empty):
+        yield replace(record, sequence=as_dna(record.sequence)) if rna else record
+
+
+def as_dna(sequence: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The (length,) letters with U as T and u as t; the array itself where there are none."""
+    text = sequence.tobytes()
+    return np.frombuffer(text.translate(_RNA_TO_DNA), dtype=np.uint8) if b"U" in text or b"u" in text else sequence
+
+
+def _checked_records(path: str | Path, block_size: int, keep_empty: bool) -> Iterator[Record]:
+    if is_two_bit(path):
+        yield from _distinct(shown(path), two_bit_records(path), keep_empty)
+        return
     blocks = text_blocks(path, block_size)
     name, line = shown(path), 1
     start = b""
@@ -64,6 +76,11 @@ def read_records(path: str | Path, block_size: int = BLOCK) -> Iterator[Record]:
     else:
         raise InputError.at(name, line if start else None, _why_neither(start))
 
+    yield from _distinct(name, found, keep_empty)
+
+
+def _distinct(name: str, found: Iterator[Record], keep_empty: bool) -> Iterator[Record]:
+    """The records, whose names must differ; empty ones with a warning, if at all."""
     lines_of: dict[str, int] = {}
     empty = 0
     for record in found:
@@ -76,7 +93,10 @@ def read_records(path: str | Path, block_size: int = BLOCK) -> Iterator[Record]:
             yield record
         else:
             empty += 1
-            log.warning("%s:%d: record '%s' is empty and is left out", name, record.line, record.id)
+            what = "is empty" if keep_empty else "is empty and is left out"
+            log.warning("%s:%d: record '%s' %s", name, record.line, record.id, what)
+            if keep_empty:
+                yield record
     if empty == len(lines_of):
         raise InputError.at(name, None, f"it holds no sequence: all of its {empty} records are empty")
 
@@ -155,7 +175,11 @@ def _next_header(block: bytes, at: int, line_start: bool) -> int:
 def _begin(name: str, line: int, header: bytes) -> "_Sequence":
     if b"\0" in header:
         raise InputError.at(name, line, "a NUL byte in the header; is the file damaged or not text?")
-    words = header[1:].decode("utf-8", errors="replace").split(None, 1)
+    try:
+        text = header[1:].decode("utf-8")
+    except UnicodeDecodeError:  # an older encoding: as Latin-1 no two names become one, as they would with U+FFFD
+        text = header[1:].decode("latin-1")
+    words = text.split(None, 1)
     if not words or header[1:2].isspace():
         raise InputError.at(name, line, "a record without a name; write '>NAME'")
     return _Sequence(name, line, words[0], words[1].strip() if len(words) > 1 else "")

@@ -165,7 +165,7 @@ BAD_TEXTS = {
     "bzip2": (b"BZh91AY&SY", None, "bzip2"),
     "xz": (b"\xfd7zXZ\0\0", None, "xz"),
     "zip": (b"PK\x03\x04\x14\0", None, "zip"),
-    "2bit": (bytes.fromhex("4327411a00000000"), None, "2bit"),
+    "2bit": (bytes.fromhex("4327411a00000000"), None, "2bit file is cut off|give it as a file"),
     "duplicate ids": (GOOD + b">other\nAC\n>good twice\nAC\n", 6, r"'good' occurs twice \(line 1"),
     "no name": (b">\nACGT\n", 1, "without a name"),
     "blank for a name": (b"> chr1\nACGT\n", 1, "without a name"),
@@ -211,13 +211,18 @@ def test_cut_off_gzip_is_told(tmp_path: Path, cut: int) -> None:
         list(read_records(path))
 
 
-def test_bgzip_cut_between_its_blocks_is_told(tmp_path: Path) -> None:
+def test_bgzip_without_its_end_marker_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "cut.fa.bgz"
     with bgzf.BgzfWriter(str(path)) as writer:
         writer.write(b">x\n" + b"ACGT" * 100_000)
     whole = path.read_bytes()
+    assert [len(record) for record in read_records(path)] == [400_000]
+    assert not caplog.text
     path.write_bytes(whole[:-28])  # all the data, but no end marker
-    with pytest.raises(InputError, match="bgzip file is cut off"):
+    assert [len(record) for record in read_records(path)] == [400_000]
+    assert f"{path}: the bgzip file has no end marker" in caplog.text
+    path.write_bytes(whole[:-40])  # cut inside a block
+    with pytest.raises(InputError, match="cut off"):
         list(read_records(path))
 
 
@@ -242,6 +247,56 @@ def test_an_empty_record_is_left_out_with_a_warning(tmp_path: Path, caplog: pyte
     path.write_bytes(b">a\nAC\n>b\n>c\nGT\n")
     assert found(read_records(path)) == [("a", "AC"), ("c", "GT")]
     assert f"{path}:3: record 'b' is empty" in caplog.text
+
+
+def test_jobs_that_answer_every_record_can_have_the_empty_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.fa"
+    path.write_bytes(b">a\nAC\n>b\n\n>c\nGT\n")
+    assert found(read_records(path, keep_empty=True)) == [("a", "AC"), ("b", ""), ("c", "GT")]
+    assert caplog.messages == [f"{path}:3: record 'b' is empty"]
+    path.write_bytes(b">a\n>b\n")
+    with pytest.raises(InputError, match="no sequence"):
+        list(read_records(path, keep_empty=True))
+
+
+def test_rna_becomes_dna_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.fa"
+    path.write_bytes(b">r\nACGUuN\n>d\nACGTt\n")
+    assert found(read_records(path)) == [("r", "ACGUuN"), ("d", "ACGTt")]
+    assert found(read_records(path, rna=True)) == [("r", "ACGTtN"), ("d", "ACGTt")]
+
+
+def test_names_may_be_no_ascii_in_utf_8_or_an_older_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.fa"
+    path.write_bytes(">Größe_1 naïve\nAC\n>染色体\nGT\n".encode())
+    assert [(r.id, r.description) for r in read_records(path)] == [("Größe_1", "naïve"), ("染色体", "")]
+    path.write_bytes(">ä\nAC\n>ö\nGT\n".encode("latin-1"))  # both would be one sign if they were replaced
+    assert [r.id for r in read_records(path)] == ["ä", "ö"]
+
+
+def test_a_hundred_megabases_on_one_line_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "one.fa"
+    pattern = b"GATTACAN" * (1 << 17)
+    with open(path, "wb") as file:
+        file.write(b">x\n")
+        for _ in range(96):
+            file.write(pattern)
+    (record,) = read_records(path)
+    assert len(record) == 96 << 20
+    assert record.sequence[-8:].tobytes() == b"GATTACAN"
+    assert not (record.sequence[1 << 20 :: 1 << 20] != ord("G")).any()
+
+
+def test_an_index_beside_the_file_plays_no_part(tmp_path: Path) -> None:
+    """Nothing reads or writes a .fai: a stale one, or a folder that cannot be written, changes nothing."""
+    path = tmp_path / "a.fa"
+    path.write_bytes(b">x\nACGT\n")
+    (tmp_path / "a.fa.fai").write_text("other\t999\t3\t60\t61\n")
+    before = sorted(tmp_path.iterdir())
+    assert found(read_records(path)) == [("x", "ACGT")]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
