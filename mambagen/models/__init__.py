@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
     from mambagen.models.config import MAMBA_SIZES, MambaConfig
     from mambagen.models.generation import generate
     from mambagen.models.initialisation import init_weights
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from mambagen.models.saving import load_model, model_card, model_writers, save_model
 
 _HOME = {
+    "AudioUNet": "audio_unet",
+    "AudioUNetConfig": "audio_unet",
     "MAMBA_SIZES": "config",
     "MambaConfig": "config",
     "generate": "generation",
@@ -40,6 +43,8 @@ _HOME = {
 
 __all__ = [
     "MAMBA_SIZES",
+    "AudioUNet",
+    "AudioUNetConfig",
     "MambaBlock",
     "MambaConfig",
     "MambaLM",

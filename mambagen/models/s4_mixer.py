@@ -4,7 +4,7 @@ Code name -> the paper's symbol, with N = d_state complex states, each standing 
 
     log_dt                        Δ = exp(log_dt), (ssms,)
     log_Lambda_real, Lambda_imag  Λ = -(1e-4 + exp(log_Lambda_real)) + i Lambda_imag, (ssms, N)
-    P, B, C                       (ssms, N, 2) real and imaginary: A = diag(Λ) - P P*
+    P, B, C                       (ssms, N, 2) real and imaginary: A = diag(Λ) - P P*; Λ, P, B (1, ...) if shared
     D                             the skip, (channels,)
 
 A begins as HiPPO-LegS. Λ on the left and the low-rank part subtracted, no step can make the state longer, whatever an
@@ -35,6 +35,7 @@ class S4Config(SsmConfig):
     """What determines the weights of an S4 mixer; impossible values raise pydantic.ValidationError."""
 
     kernel: Literal["powers", "cauchy"] = "powers"  # how the convolution's kernel is computed; the numbers are the same
+    share_system: bool = False  # one Λ, P and B for all systems, each with its own dt and C (as SaShiMi)
 
 
 class S4(nn.Module):
@@ -50,10 +51,11 @@ class S4(nn.Module):
         self.config = config
         self.backend: str = config.kernel
         self.log_dt = slow_parameter(torch.empty(ssms), slow)
-        self.log_Lambda_real = slow_parameter(torch.empty(ssms, N), slow)
-        self.Lambda_imag = slow_parameter(torch.empty(ssms, N), slow)
-        self.P = slow_parameter(torch.empty(ssms, N, 2), slow)
-        self.B = slow_parameter(torch.empty(ssms, N, 2), slow)
+        own = 1 if config.share_system else ssms
+        self.log_Lambda_real = slow_parameter(torch.empty(own, N), slow)
+        self.Lambda_imag = slow_parameter(torch.empty(own, N), slow)
+        self.P = slow_parameter(torch.empty(own, N, 2), slow)
+        self.B = slow_parameter(torch.empty(own, N, 2), slow)
         self.C = slow_parameter(torch.empty(ssms, N, 2), 1.0)
         self.D = nn.Parameter(torch.empty(config.d_model))
         self.init_weights()
@@ -77,7 +79,8 @@ class S4(nn.Module):
         """dt (ssms,), Lambda, P, B and C (ssms, N), D (d_model,), as `mambagen.kernels.s4` takes them."""
         real = -(LEAST_DECAY + torch.exp(wide(self.log_Lambda_real)))
         P, B, C = (torch.complex(*wide(v).unbind(-1)) for v in (self.P, self.B, self.C))
-        return torch.exp(wide(self.log_dt)), torch.complex(real, wide(self.Lambda_imag)), P, B, C, wide(self.D)
+        Lambda, P, B = (v.expand(C.shape) for v in (torch.complex(real, wide(self.Lambda_imag)), P, B))
+        return torch.exp(wide(self.log_dt)), Lambda, P, B, C, wide(self.D)
 
     def forward(
         self, x: Tensor, state: S4State | None = None, resets: Tensor | None = None, reverse: bool = False

@@ -1,7 +1,7 @@
 """Models on disk: a folder of config.json, model.safetensors, README.md (the model card) and manifest.json.
 
-config.json: {"format": 1, "kind": "mamba-lm", "model": {MambaConfig}, "tokenizer": {...}}; the kinds are in `KINDS`.
-Nothing is ever unpickled.
+config.json: {"format": 1, "kind": "mamba-lm", "model": {MambaConfig}, "tokenizer": {...}}; the kinds are in `KINDS`. An
+audio model has a "quantiser" in place of the tokenizer. Nothing is ever unpickled.
 """
 
 import errno
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mambagen import __version__
 from mambagen.errors import ModelError
+from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
 from mambagen.models.builtin import find_model
 from mambagen.models.config import MambaConfig
 from mambagen.models.files import Writer, first_fault, read_json, verify_folder, write_folder_atomically
@@ -30,6 +31,7 @@ KINDS: dict[str, tuple[type[BaseModel], type[nn.Module]]] = {
     MambaLM.kind: (MambaConfig, MambaLM),
     MaskedLM.kind: (EncoderModelConfig, MaskedLM),
     SequenceClassifier.kind: (ClassifierConfig, SequenceClassifier),
+    AudioUNet.kind: (AudioUNetConfig, AudioUNet),
 }
 
 # A model of one of the kinds: an nn.Module with `kind` and `config`.
@@ -44,7 +46,8 @@ class ModelFile(BaseModel):
     format: Literal[1]
     kind: Annotated[str, StringConstraints(min_length=1)]
     model: dict[str, Any]
-    tokenizer: dict[str, Any]
+    tokenizer: dict[str, Any] | None = None
+    quantiser: dict[str, Any] | None = None  # in place of the tokenizer, for the kinds whose `input_policy` it is
 
 
 def save_model(
@@ -55,7 +58,8 @@ def save_model(
     Args:
         model: the model itself, not a wrapper of it (DDP, compiled); tensors on any device.
         folder: must not exist yet (with `replace` it may be an earlier model folder).
-        tokenizer: what the input policy needs to be built again, as JSON values.
+        tokenizer: what the input policy needs to be built again, as JSON values: a tokenizer, or the quantiser of an
+            audio model.
         card: the text of README.md; see `model_card`.
 
     Raises:
@@ -66,7 +70,8 @@ def save_model(
 
 def model_writers(model: Model, tokenizer: Mapping[str, Any], card: str) -> dict[str, Writer]:
     """The files of a model folder as writers, for a folder that holds more than the model (a checkpoint)."""
-    fields = {"format": FORMAT, "kind": model.kind, "model": model.config.model_dump(), "tokenizer": dict(tokenizer)}
+    policy = _input_policy(type(model))
+    fields = {"format": FORMAT, "kind": model.kind, "model": model.config.model_dump(), policy: dict(tokenizer)}
     config = json.dumps(fields, indent=2, allow_nan=False) + "\n"
     return {
         CONFIG: lambda path: _write_text(path, config),
@@ -199,9 +204,18 @@ def _checked_config(path: Path, fields: dict[str, object]) -> tuple[str, BaseMod
         if file.kind not in KINDS:
             known = ", ".join(KINDS)
             raise ModelError(f"{path}: a model of kind {file.kind!r}; this mambagen knows {known}: upgrade mambagen")
-        return file.kind, KINDS[file.kind][0].model_validate(file.model)
+        config_class, model_class = KINDS[file.kind]
+        policy = _input_policy(model_class)
+        if getattr(file, policy) is None:
+            raise ModelError(f"{path}: {policy}: Field required; this is no config that this mambagen wrote")
+        return file.kind, config_class.model_validate(file.model)
     except ValidationError as error:
         raise ModelError(f"{path}: {first_fault(error)}; this is no config that this mambagen wrote") from None
+
+
+def _input_policy(model_class: type) -> str:
+    """What config.json calls the way from data to the model's input."""
+    return str(getattr(model_class, "input_policy", "tokenizer"))
 
 
 def _write_text(path: Path, text: str) -> None:
