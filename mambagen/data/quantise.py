@@ -22,11 +22,13 @@ LEVELS = 256
 
 
 class Quantiser(BaseModel, ABC):
-    """What sound becomes before a model sees it; `model_dump()` is what a model's config.json keeps of it."""
+    """What sound becomes before a model sees it; `model_dump()` is what a model's config.json keeps, as "quantiser"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     levels: Annotated[int, Field(ge=LEVELS, le=LEVELS)] = LEVELS
+    rate: Annotated[int, Field(ge=1)] = 16_000  # samples a second of the sound that a model was trained on
+    classes: tuple[str, ...] = ()  # names of a conditional model's classes, in the order of its embedding
 
     def __init__(self, levels: int = LEVELS, **fields: Any) -> None:
         super().__init__(levels=levels, **fields)
@@ -130,24 +132,6 @@ class MinMax(Quantiser):
 
 AnyQuantiser = Annotated[MuLaw | Linear | MinMax, Field(discriminator="kind")]
 QUANTISERS: dict[str, type[Quantiser]] = {"mu-law": MuLaw, "linear": Linear, "min-max": MinMax}
-
-
-class AudioFormat(BaseModel):
-    """What a model of sound has to know of its tokens; kept in its config.json, in the place of a tokenizer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rate: Annotated[int, Field(ge=1)] = 16_000  # samples a second
-    quantiser: AnyQuantiser = MuLaw()
-    classes: tuple[str, ...] = ()  # names of a conditional model's classes, in the order of its embedding
-
-    def encode(self, samples: ArrayLike) -> NDArray[np.uint8]:
-        """Tokens of samples at `rate`."""
-        return self.quantiser.encode(samples)
-
-    def decode(self, tokens: ArrayLike) -> NDArray[np.float32]:
-        """Samples of tokens."""
-        return self.quantiser.decode(tokens)
 
 
 def load_quantiser(fields: dict[str, Any]) -> Quantiser:
