@@ -1,4 +1,4 @@
-"""A genome in memory, as tokens, and its division into stretches for training and for validation.
+"""A genome as tokens, in memory or mapped from a file, and its division into stretches for training and validation.
 
 What is held out is held out by whole stretches: no window of the training part can share a base with the validation
 part, whatever its length.
@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mambagen.data.byte_blocks import STDIN
 from mambagen.data.dna_tokens import DnaTokenizer, N
 from mambagen.data.fasta import Record, read_records
+from mambagen.data.prepared import prepare
 from mambagen.errors import InputError, UsageError
 
 log = logging.getLogger("mambagen")
@@ -33,6 +35,7 @@ class EncodedRecord:
     tokens: NDArray[np.uint8]
     path: str
     line: int
+    description: str = ""  # the header's text after the name
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,6 +65,21 @@ class Stretches:
         for record, start, end in self.spans:
             yield self.records[record].tokens[start:end]
 
+    def some(self, bases: int, piece: int = 1 << 20) -> "Stretches":
+        """About so many bases, in pieces evenly spread over all of them; all where there are no more."""
+        if self.bases <= bases:
+            return self
+        every = self.bases / max(1, bases // piece)
+        spans: list[tuple[int, int, int]] = []
+        before, wanted = 0, 0.0  # bases of the stretches passed, and where the next piece begins among all bases
+        for record, start, end in self.spans:
+            while wanted < before + end - start:
+                first = max(start, start + int(wanted) - before)
+                spans.append((record, first, min(first + piece, end)))
+                wanted += every
+            before += end - start
+        return Stretches(self.records, spans, self.tokenizer)
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when a stretch's name, place or sequence does."""
         digest = hashlib.sha256()
@@ -78,10 +96,14 @@ class Genome:
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_files(cls, paths: Iterable[str | Path], tokenizer: DnaTokenizer | None = None) -> "Genome":
-        """Read FASTA or GenBank files (``-``: stdin) into one genome.
+    def from_files(
+        cls, paths: Iterable[str | Path], tokenizer: DnaTokenizer | None = None, prepared: Path | None = None
+    ) -> "Genome":
+        """Read FASTA, GenBank or 2bit files (``-``: stdin) into one genome.
 
-        A name that occurs in several files is told apart as ``FILE:NAME``. Raises InputError for bad input.
+        With a folder ``prepared``, files are read from their prepared genomes in it, which are made where they are not
+        there yet: the tokens are then mapped from the disk. A name that occurs in several files is told apart as
+        ``FILE:NAME``. Raises InputError for bad input, ResourceError where that folder cannot be written.
         """
         tokenizer = tokenizer or DnaTokenizer()
         paths = list(paths)
@@ -89,13 +111,13 @@ class Genome:
         for i, path in enumerate(resolved):
             if path in resolved[:i]:
                 raise UsageError(f"{paths[i]} is given twice; name each file once")
-        return cls(_distinctly_named(_encoded(paths, tokenizer)), tokenizer)
+        return cls(_distinctly_named(_encoded(paths, tokenizer, prepared)), tokenizer)
 
     @classmethod
     def from_records(cls, records: Iterable[Record], tokenizer: DnaTokenizer | None = None) -> "Genome":
         """A genome of records that are already in memory."""
         tokenizer = tokenizer or DnaTokenizer()
-        encoded = [EncodedRecord(r.id, tokenizer.encode(r.sequence), r.path, r.line) for r in records]
+        encoded = [EncodedRecord(r.id, tokenizer.encode(r.sequence), r.path, r.line, r.description) for r in records]
         return cls(_distinctly_named(encoded), tokenizer)
 
     @property
@@ -284,12 +306,21 @@ def _stem(path: str) -> str:
     return Path(path).name.split(".")[0]
 
 
-def _encoded(paths: Sequence[str | Path], tokenizer: DnaTokenizer) -> list[EncodedRecord]:
-    return [
-        EncodedRecord(record.id, tokenizer.encode(record.sequence), record.path, record.line)
-        for path in paths
-        for record in read_records(path)
-    ]
+def _encoded(paths: Sequence[str | Path], tokenizer: DnaTokenizer, prepared: Path | None) -> list[EncodedRecord]:
+    records: list[EncodedRecord] = []
+    for path in paths:
+        if prepared is not None and str(path) != STDIN:
+            records += [
+                EncodedRecord(r.id, r.tokens, str(path), r.line, r.description)
+                for r in prepare(path, tokenizer, prepared).records
+                if len(r)
+            ]
+        else:
+            records += [
+                EncodedRecord(r.id, tokenizer.encode(r.sequence), r.path, r.line, r.description)
+                for r in read_records(path)
+            ]
+    return records
 
 
 def _distinctly_named(records: list[EncodedRecord]) -> list[EncodedRecord]:

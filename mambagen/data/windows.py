@@ -3,6 +3,7 @@
 A window of context L holds L + 1 bases: the inputs are its first L, the targets its last L.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mambagen.data.dna_tokens import PAD, N, reverse_complement
-from mambagen.data.genome import EncodedRecord, Stretches, runs_of
+from mambagen.data.genome import EncodedRecord, Span, Stretches, runs_of
+from mambagen.data.intervals import Interval, interval_starts
 from mambagen.errors import InputError, UsageError
+
+log = logging.getLogger("mambagen")
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,12 @@ class WindowSampler:
         self.batch_size = batch_size
         self.seed = seed
         self.reverse_complement = reverse_complement
-        self._record, self._first, counts = _valid_starts(stretches, context)
+        self._record, self._first, counts = self._ranges()
         self._before = np.concatenate(([0], np.cumsum(counts)))  # starts before each range
+
+    def _ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Record, first start and number of starts of each range of windows."""
+        return _valid_starts(self.stretches, self.context)
 
     @property
     def starts(self) -> int:
@@ -74,15 +82,26 @@ class WindowSampler:
         # Raw Philox output rather than Generator methods: numpy promises that it stays the same between versions.
         # Two words a row; the modulo's bias is below 2^-30 for any genome.
         words = np.random.Philox(key=[self.seed, step]).random_raw(2 * self.batch_size).reshape(-1, 2)[rows]
-        drawn = (words[:, 0] % np.uint64(self.starts)).astype(np.int64)
-        source = np.searchsorted(self._before, drawn, side="right") - 1
-        start = self._first[source] + drawn - self._before[source]
-        record = self._record[source]
+        record, start = self._place(words)
         minus = (words[:, 1] >> np.uint64(63)).astype(bool) & self.reverse_complement
         window = _gather(self.stretches.records, record, start, self.context + 1)
         if minus.any():
             window[minus] = reverse_complement(window[minus])
         return self._as_batch(window, record, start, minus)
+
+    def _place(self, words: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Record and start for each row of two random words; the highest bit of the second says which strand."""
+        drawn = (words[:, 0] % np.uint64(self.starts)).astype(np.int64)
+        source = np.searchsorted(self._before, drawn, side="right") - 1
+        return self._record[source], self._first[source] + drawn - self._before[source]
+
+    def reach(self) -> dict[int, list[Span]]:
+        """Record index -> spans that hold every base that a window may have."""
+        spans: dict[int, list[Span]] = {}
+        counts = np.diff(self._before)
+        for record, first, count in zip(self._record.tolist(), self._first.tolist(), counts.tolist(), strict=True):
+            spans.setdefault(record, []).append((first, first + count + self.context))
+        return spans
 
     def _as_batch(
         self,
@@ -93,6 +112,49 @@ class WindowSampler:
     ) -> WindowBatch:
         targets = self.stretches.tokenizer.targets(window[:, 1:])
         return WindowBatch(window[:, :-1].copy(), targets, record, start, minus, self.stretches.records)
+
+
+class IntervalSampler(WindowSampler):
+    """Draws an interval, each as likely as any other, then a window of it (see ``interval_starts``).
+
+    As with ``WindowSampler`` row r of a step depends on (seed, step, r) only. Windows may leave the stretches: without
+    ``strict`` they may touch what is held out.
+    """
+
+    def __init__(
+        self,
+        stretches: Stretches,
+        intervals: Sequence[Interval],
+        context: int,
+        batch_size: int,
+        seed: int,
+        reverse_complement: bool = False,
+        strict: bool = True,
+    ) -> None:
+        """``intervals`` with split "train" give windows. Raises InputError where none has room for one."""
+        self._places = interval_starts(stretches.records, intervals, context + 1, strict)
+        super().__init__(stretches, context, batch_size, seed, reverse_complement)
+
+    def _ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        places = self._places
+        if not len(places):
+            raise InputError(
+                f"none of the {places.dropped} train intervals has room for a window of {self.context + 1} bases"
+                if places.dropped
+                else "the data set has no train intervals of these records to draw windows around; leave out --windows"
+            )
+        if places.dropped:
+            log.warning(
+                "%d of %d train intervals have no room for windows of %d bases and give none",
+                *(places.dropped, places.dropped + len(places), self.context + 1),
+            )
+        return places.record, places.first, places.count
+
+    def _place(self, words: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        places = self._places
+        row = (words[:, 0] % np.uint64(len(places))).astype(np.int64)
+        along = (words[:, 1] & np.uint64(2**63 - 1)) % places.count[row].astype(np.uint64)
+        return places.record[row], places.first[row] + along.astype(np.int64)
 
 
 class FixedWindows:
