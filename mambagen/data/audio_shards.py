@@ -30,7 +30,6 @@ from mambagen.data.quantise import AnyQuantiser, MuLaw, Quantiser
 from mambagen.data.spoken_words import DIGITS
 from mambagen.errors import InputError
 
-FORMAT = 1
 INDEX = "shards.json"
 READERS = 8  # threads: decoding releases the interpreter
 AT_ONCE = 64  # files that are decoded before they are written
@@ -55,7 +54,7 @@ class ShardIndex(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     quantiser: AnyQuantiser
     labels: tuple[str, ...]
     splits: dict[Split, SplitEntry]

@@ -93,6 +93,19 @@ class Splits(_Strict):
         return self
 
 
+class AudioLayout(_Strict):
+    """Which sound files of the unpacked archive are the data set's, and how they are divided.
+
+    Either by the lists of Speech Commands beside them, of which the folders `labels` are taken, or by their place in
+    natural order: from file `valid_from` (counted from 0) validation, from `test_from` test.
+    """
+
+    labels: tuple[str, ...] = ()
+    files: Annotated[int, Field(gt=0)] | None = None  # how many there must be
+    valid_from: Annotated[int, Field(ge=0)] | None = None
+    test_from: Annotated[int, Field(ge=0)] | None = None
+
+
 class Manifest(_Strict):
     """A data set. ``kind`` says which jobs can use it."""
 
@@ -105,6 +118,7 @@ class Manifest(_Strict):
     notes: str = ""
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
     splits: Splits | None = None
+    audio: AudioLayout | None = None  # of kind "audio"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
