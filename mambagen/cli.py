@@ -29,6 +29,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "classify": ("mambagen.commands.classify:classify", "Tell the class of each record of a FASTA."),
     "check-rc": ("mambagen.commands.check_rc:check_rc", "Check that a model answers both strands of DNA alike."),
+    "score": ("mambagen.commands.score:score", "Give the log-likelihood of every base of a genome."),
+    "train-sc09-classifier": (
+        "mambagen.commands.train_sc09_classifier:train_sc09_classifier",
+        "Train the judge of eval-sc09 on spoken digits.",
+    ),
     "data": ("mambagen.commands.data:data", "List, show, fetch and verify the data sets known by name."),
     "doctor": ("mambagen.commands.doctor:doctor", "Show what this machine offers and check the kernels on it."),
 }
