@@ -19,6 +19,7 @@ from mambagen.errors import ModelError
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
 from mambagen.models.builtin import find_model
 from mambagen.models.config import MambaConfig
+from mambagen.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from mambagen.models.files import Writer, first_fault, read_json, verify_folder, write_folder_atomically
 from mambagen.models.heads import ClassifierConfig, EncoderModelConfig, MaskedLM, SequenceClassifier
 from mambagen.models.mamba_lm import MambaLM
@@ -32,6 +33,7 @@ KINDS: dict[str, tuple[type[BaseModel], type[nn.Module]]] = {
     MaskedLM.kind: (EncoderModelConfig, MaskedLM),
     SequenceClassifier.kind: (ClassifierConfig, SequenceClassifier),
     AudioUNet.kind: (AudioUNetConfig, AudioUNet),
+    DigitClassifier.kind: (DigitClassifierConfig, DigitClassifier),
 }
 
 # A model of one of the kinds: an nn.Module with `kind` and `config`.
