@@ -53,7 +53,7 @@ class SpokenWords:
 
     def clip(self, row: int) -> NDArray[np.float32]:
         """One clip as it is, between -1 and 1."""
-        return self.samples[self.starts[row] : self.starts[row + 1]].astype(np.float32) / 32768
+        return self.samples[self.starts[row] : self.starts[row + 1]].astype(np.float32) * np.float32(2**-15)
 
     def one_second(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """(rows, 16000): shorter clips have zeros after them, of longer ones this is the second with most energy."""

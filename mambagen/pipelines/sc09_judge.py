@@ -1,0 +1,147 @@
+"""The judge at work: clips to features and probabilities, in batches, kept in a cache by the content of the clips."""
+
+import hashlib
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from mambagen.data.mel import LogMel, MelSettings
+from mambagen.data_manifests import cache_home
+from mambagen.errors import ModelError
+from mambagen.models.builtin import find_model
+from mambagen.models.digit_classifier import DigitClassifier, digit_log_probabilities
+from mambagen.models.files import first_fault, read_manifest
+from mambagen.models.saving import CONFIG, WEIGHTS, load_model, read_tensors, write_tensors
+from mambagen.training.loop import choose_device
+
+log = logging.getLogger("mambagen")
+
+BUILTIN = "digit-judge"
+INPUT_KIND = "log-mel"
+BATCH = {"cpu": 64, "cuda": 1024}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the judge makes of N clips."""
+
+    features: NDArray[np.float32]  # (N, feature_size)
+    log_p: NDArray[np.float64]  # (N, digits) log-probabilities, given that it is a digit
+    is_digit: NDArray[np.float32]  # (N,) probability that it is one
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def heard(self) -> NDArray[np.int64]:
+        """(N,) the likeliest digit."""
+        return np.asarray(self.log_p.argmax(1))
+
+    def rows(self, rows: NDArray[np.int64]) -> "Judged":
+        """These clips alone."""
+        return Judged(self.features[rows], self.log_p[rows], self.is_digit[rows])
+
+
+def input_policy(settings: MelSettings) -> dict[str, Any]:
+    """What a judge's config.json says of its input."""
+    return {"kind": INPUT_KIND, **settings.model_dump()}
+
+
+class DigitJudge:
+    """A model of train-sc09-classifier, ready to be asked."""
+
+    def __init__(self, folder: Path | str = BUILTIN, device: str = "auto", batch: int | None = None) -> None:
+        """Raises ModelError where the folder is no digit classifier."""
+        self.device = choose_device(device)
+        self.model: DigitClassifier
+        self.model, fields = load_model(folder, self.device, kinds=[DigitClassifier.kind])
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.batch = batch or BATCH[self.device.type]
+        self.name = str(folder)
+        policy = dict(fields["tokenizer"])
+        where = find_model(folder) / CONFIG
+        if policy.pop("kind", None) != INPUT_KIND:
+            raise ModelError(f"{where}: does not say how clips become {INPUT_KIND} pictures; train the judge again")
+        try:
+            self.settings = MelSettings.model_validate(policy)
+        except ValidationError as error:
+            raise ModelError(f"{where}: tokenizer: {first_fault(error)}") from None
+        self.log_mel = LogMel(self.settings)
+        self.fingerprint = fingerprint_of(folder)
+
+    @property
+    def digits(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the probabilities."""
+        return self.model.digits
+
+    @torch.no_grad()
+    def judge(self, clips: NDArray[np.float32], done: Callable[[int], None] | None = None) -> Judged:
+        """Features and probabilities of clips (N, samples); the result does not depend on the batch beyond rounding.
+
+        Args:
+            done: is told how many clips are done.
+        """
+        features, scores = [], []
+        for at in range(0, len(clips), self.batch):
+            samples = torch.from_numpy(clips[at : at + self.batch]).to(self.device)
+            pictures = self.log_mel(samples)
+            found = self.model.features(pictures)
+            features.append(found.cpu())
+            scores.append(self.model.scores(found).double().cpu())
+            if done is not None:
+                done(min(at + self.batch, len(clips)))
+        if not features:
+            empty = np.zeros((0, self.model.config.feature_size), np.float32)
+            return Judged(empty, np.zeros((0, len(self.digits))), np.zeros(0, np.float32))
+        log_p, is_digit = digit_log_probabilities(torch.cat(scores), len(self.digits))
+        return Judged(torch.cat(features).numpy(), log_p.numpy(), is_digit.float().numpy())
+
+    def judge_cached(self, clips: NDArray[np.float32], done: Callable[[int], None] | None = None) -> Judged:
+        """The same, kept in the cache folder under the hash of judge and clips; a cache that fails costs only time."""
+        file = cache_home() / "judged" / f"{self.fingerprint[:16]}-{content_hash(clips)[:32]}.safetensors"
+        if file.is_file():
+            try:
+                kept = read_tensors(file)
+                found = Judged(*(kept[name].numpy() for name in ("features", "log_p", "is_digit")))
+                if len(found) == len(clips):
+                    return found
+            except (ModelError, KeyError) as error:
+                log.warning("%s: not used: %s", file, error)
+        judged = self.judge(clips, done)
+        _keep(file, judged)
+        return judged
+
+
+def fingerprint_of(folder: Path | str) -> str:
+    """SHA-256 of a judge: of its weights and its config."""
+    files = read_manifest(find_model(folder)).files
+    return hashlib.sha256((files[WEIGHTS].sha256 + files[CONFIG].sha256).encode()).hexdigest()
+
+
+def content_hash(clips: NDArray[np.float32]) -> str:
+    """SHA-256 of clips (N, samples) in their order."""
+    found = hashlib.sha256(str(clips.shape).encode())
+    found.update(np.ascontiguousarray(clips).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def _keep(file: Path, judged: Judged) -> None:
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(judged).items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(partial, tensors)
+        os.replace(partial, file)
+    except OSError as error:
+        log.warning("%s: features are not kept: %s", file.parent, error.strerror or error)
+    finally:
+        partial.unlink(missing_ok=True)
