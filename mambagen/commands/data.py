@@ -52,9 +52,11 @@ def show(name: str, as_json: bool) -> None:
         click.echo("\t".join(["file", file["name"], file["role"], file["sha256"], file["path"]]))
         for url in file["urls"]:
             click.echo(f"url\t{url}")
-    splits = shown["splits"] or {"bed": None, "intervals": []}
+    splits = shown["splits"] or {"bed": None, "intervals": [], "chromosomes": None}
     if splits["bed"]:
         click.echo(f"splits\t{splits['bed']}")
+    for part, labels in (splits["chromosomes"] or {}).items():
+        click.echo(f"chromosomes\t{part}\t{' '.join(labels)}")
     for row in splits["intervals"]:
         click.echo(f"split\t{row['record']}\t{row['start']}\t{row['end']}\t{row['split']}")
 

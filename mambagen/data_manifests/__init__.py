@@ -3,6 +3,7 @@
 from mambagen.data_manifests.cache import (
     FileReport,
     cache_home,
+    chromosomes_of,
     default_splits,
     fetch,
     folder_of,
@@ -26,6 +27,7 @@ __all__ = [
     "Manifest",
     "SplitInterval",
     "cache_home",
+    "chromosomes_of",
     "default_splits",
     "fetch",
     "folder_of",

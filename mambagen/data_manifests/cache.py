@@ -125,12 +125,12 @@ def sequence_paths(manifest: Manifest) -> list[Path]:
     if manifest.kind != "dna":
         raise InputError(f"the data set '{manifest.name}' is {manifest.kind}, not DNA")
     if not present(manifest):
-        raise InputError(f"the data set '{manifest.name}' is not here yet; run: mambagen data fetch {manifest.name}")
+        raise InputError(f"the data set '{manifest.name}' is not here yet; run: mambagen data fetch {manifest.given}")
     return [path_of(manifest, file) for file in manifest.files if file.role == "sequence"]
 
 
 def split_intervals(manifest: Manifest) -> list[SplitInterval]:
-    """How a data set that is in place is divided; empty where its manifest does not say."""
+    """The intervals that a data set in place is divided by; empty where it has none (see ``chromosomes_of``)."""
     if manifest.splits is None:
         return []
     if manifest.splits.bed:
@@ -166,6 +166,17 @@ def default_splits(data: Sequence[str | Path]) -> list[SplitInterval]:
     """The intervals that the data sets among ``data`` are divided by; files of the user's own have none."""
     names = [str(given) for given in data if str(given).endswith(".toml") or str(given) in manifest_names()]
     return [interval for name in names for interval in split_intervals(load_manifest(name))]
+
+
+def chromosomes_of(data: Sequence[str | Path]) -> list[tuple[list[Path], dict[str, tuple[str, ...]]]]:
+    """For each data set among ``data`` that is divided by chromosomes: its files, and the labels of each part."""
+    names = [str(given) for given in data if str(given).endswith(".toml") or str(given) in manifest_names()]
+    divided = []
+    for manifest in map(load_manifest, names):
+        if manifest.splits and (entry := manifest.splits.chromosomes):
+            labels = {"train": entry.train, "valid": entry.valid, "test": entry.test}
+            divided.append((sequence_paths(manifest), labels))
+    return divided
 
 
 # ---- one file -------------------------------------------------------------------------------------------------------

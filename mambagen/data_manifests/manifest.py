@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from mambagen.errors import InputError, UsageError
 
@@ -77,19 +77,39 @@ class IntervalEntry(_Strict):
         return self
 
 
+Label = Annotated[str, Field(pattern=r"^([0-9]{1,2}[AB]?|[XYWZM]|MT)$")]
+
+
+class ChromosomeEntry(_Strict):
+    """Whole chromosomes of every file, by their labels ("1", "2A", "X"); what is in none of the three is left out."""
+
+    train: Annotated[tuple[Label, ...], Field(min_length=1)]
+    valid: tuple[Label, ...] = ()
+    test: tuple[Label, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "ChromosomeEntry":
+        labels = self.train + self.valid + self.test
+        if twice := {label for label in labels if labels.count(label) > 1}:
+            raise ValueError(f"chromosome {min(twice)} is named twice")
+        return self
+
+
 class Splits(_Strict):
-    """How the data set is divided: intervals written out, or a BED file (record, start, end, split) among its files.
+    """How the data set is divided: intervals written out, a BED file (record, start, end, split) among its files, or
+    whole chromosomes.
 
     Where a file of sequences has no train interval, all of it that is neither valid nor test is for training.
     """
 
     intervals: tuple[IntervalEntry, ...] = ()
     bed: Name | None = None
+    chromosomes: ChromosomeEntry | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Splits":
-        if bool(self.intervals) == bool(self.bed):
-            raise ValueError("splits are given either as intervals or as bed")
+        if bool(self.intervals) + bool(self.bed) + bool(self.chromosomes) != 1:
+            raise ValueError("splits are given either as intervals or as bed or as chromosomes")
         return self
 
 
@@ -118,6 +138,7 @@ class Manifest(_Strict):
     notes: str = ""
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
     splits: Splits | None = None
+    _given: str = PrivateAttr("")
     audio: AudioLayout | None = None  # of kind "audio"
 
     @model_validator(mode="after")
@@ -128,6 +149,11 @@ class Manifest(_Strict):
         if self.splits and self.splits.bed and self.splits.bed not in names:
             raise ValueError(f"splits.bed names {self.splits.bed}, which is not among the files")
         return self
+
+    @property
+    def given(self) -> str:
+        """What a command takes for this data set: its name, or the path of a manifest of the user's own."""
+        return self._given or self.name
 
     @property
     def packaged(self) -> bool:
@@ -173,6 +199,7 @@ def load_manifest(name_or_path: str | Path) -> Manifest:
         raise InputError.at(
             path, None, f"the name '{manifest.name}' is taken by a data set of mambagen; choose another"
         )
+    manifest._given = text
     return manifest
 
 

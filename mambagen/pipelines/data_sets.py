@@ -50,7 +50,7 @@ def verify_data_sets(names: Sequence[str], done: Callable[[list[Row]], None]) ->
         rows = _rows(manifest)
         done(rows)
         if bad := [f"{row['path']} ({row['note']})" for row in rows if row["state"] != "ok"]:
-            advice = "install mambagen again" if manifest.packaged else f"run: mambagen data fetch {manifest.name}"
+            advice = "install mambagen again" if manifest.packaged else f"run: mambagen data fetch {manifest.given}"
             raise ResourceError(f"not whole: {', '.join(bad)}; {advice}")
 
     _each(manifests, verified)

@@ -6,6 +6,7 @@ import pytest
 
 from mambagen.data_manifests import (
     Manifest,
+    chromosomes_of,
     default_splits,
     folder_of,
     list_manifests,
@@ -39,7 +40,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_every_shipped_manifest_is_valid_and_named_as_its_file() -> None:
     names = manifest_names()
-    assert {"demo", "hg38"} <= set(names)
+    assert {"demo", "hg38", "great-apes", "five-species", "t2t"} <= set(names)
     assert [manifest.name for manifest in list_manifests()] == names
 
 
@@ -73,7 +74,9 @@ def test_a_manifest_of_the_user_is_read(tmp_path: Path) -> None:
         (('licence = "none"\n', ""), "licence"),
         (('name = "toy"', 'name = "demo"'), "taken"),
         (("[[files]]", "[splits]\nbed = 'x.bed'\n[[files]]"), "x.bed"),
-        (("[[files]]", "[splits]\n[[files]]"), "either as intervals or as bed"),
+        (("[[files]]", "[splits]\n[[files]]"), "either as intervals or as bed or as chromosomes"),
+        (("[[files]]", "[splits.chromosomes]\ntrain=['2','X']\ntest=['2']\n[[files]]"), "chromosome 2 is named twice"),
+        (("[[files]]", "[splits.chromosomes]\ntrain=['chr2']\n[[files]]"), "chromosomes.train"),
         (("[[files]]", "[splits]\nintervals=[{record='r', start=5, end=5, split='valid'}]\n[[files]]"), "not before"),
         (("[[files]]", "[splits]\nintervals=[{record='r', start=1, end=5, split='dev'}]\n[[files]]"), "split"),
         (('title = "a toy"', "title = "), "no TOML"),
@@ -141,6 +144,29 @@ def test_a_data_set_that_is_not_fetched_or_not_dna_is_told(tmp_path: Path) -> No
     path = written(tmp_path, GOOD.replace('kind = "dna"', 'kind = "audio"'))
     with pytest.raises(InputError, match="'toy' is audio, not DNA"):
         resolve_dna([str(path)])
+
+
+def test_a_manifest_given_by_its_path_is_asked_to_be_fetched_by_its_path(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD)
+    with pytest.raises(InputError) as caught:
+        resolve_dna([str(path)])
+    assert str(caught.value).endswith(f"run: mambagen data fetch {path}")
+
+
+def test_data_sets_may_be_divided_by_whole_chromosomes(tmp_path: Path) -> None:
+    apes = load_manifest("great-apes").splits
+    assert apes is not None
+    assert apes.chromosomes is not None
+    assert apes.chromosomes.test == ("1", "3", "12", "13")
+    assert {"2A", "2B", "22", "X"} <= set(apes.chromosomes.train)
+    path = written(tmp_path, GOOD + "[splits.chromosomes]\ntrain = ['2', 'X']\nvalid = ['1']\n")
+    folder = folder_of(load_manifest(path))
+    folder.mkdir(parents=True)
+    (folder / "toy.fa").write_text(">chr1\nACGT\n")
+    assert default_splits([str(path), "demo"]) == default_splits(["demo"])
+    assert chromosomes_of([str(path), "demo"]) == [
+        ([folder / "toy.fa"], {"train": ("2", "X"), "valid": ("1",), "test": ()})
+    ]
 
 
 def test_splits_come_from_the_manifest_or_its_bed_file(tmp_path: Path) -> None:
