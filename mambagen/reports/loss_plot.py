@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 TRAINING, HELD_OUT, GREY = "#4878a8", "#c8553d", "#666666"
 
 
-def draw_loss(file: Path, rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float], title: str) -> None:
+def draw_loss(
+    file: Path, rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float], title: str, unit: str = "base"
+) -> None:
     """Write a PNG (or what the name's ending says) of the metrics of a run, whole or not at all.
 
     Args:
         rows: of metrics.jsonl.
-        baselines: name -> loss in nats a base, drawn as horizontal lines.
+        baselines: name -> loss in nats a target, drawn as horizontal lines.
+        unit: what a target is.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,7 +51,7 @@ def draw_loss(file: Path, rows: Sequence[Mapping[str, Any]], baselines: Mapping[
     axes.set_ylim(low, high)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("tokens seen in training")
-    axes.set_ylabel("loss (nats a base)")
+    axes.set_ylabel(f"loss (nats a {unit})")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)

@@ -1,0 +1,149 @@
+"""Predicting the next sample of sound: the job as the training loop sees it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mambagen.data.audio_shards import AudioShards
+from mambagen.data.audio_windows import Augmentation, HeldOutWindows, TrainingWindows, classes_of
+from mambagen.data.quantise import SILENCE, Quantiser
+from mambagen.models.audio_unet import AudioUNet
+from mambagen.models.files import Writer
+from mambagen.models.saving import model_card, model_writers
+from mambagen.pipelines.dna_language_model import QUICK_SHARE, ModelCard
+from mambagen.training.batches import Batch
+
+IGNORED = -100
+QUICK_SAMPLES = 1 << 19  # of held-out sound at most, for an evaluation in the course of training
+BITS = 1 / math.log(2)
+
+
+class AudioTask:
+    """Batches of windows, cross entropy over the next sample, held-out loss; a `mambagen.training.batches.Task`.
+
+    With several `lengths` the run goes through them in equal parts of its steps, at `rows` windows each.
+    """
+
+    def __init__(
+        self,
+        shards: AudioShards,
+        quantiser: Quantiser,
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        seed: int,
+        identity: Mapping[str, Any],
+        card: ModelCard,
+        steps: int | None = None,
+        pad: str = "ignore",
+        augmentation: Augmentation | None = None,
+        unconditional: float = 0.0,
+        valid_samples: int = 1 << 22,
+        rows_at_once: int | None = None,
+        evaluated: Callable[[AudioUNet, bool], None] | None = None,
+    ) -> None:
+        """`evaluated(model, quick)` is called after each evaluation, outside of autocast."""
+        self.quantiser, self.identity, self.card = quantiser, dict(identity), card
+        train, valid = shards["train"], shards["valid"]
+        classes: NDArray[np.int64] | None = None
+        valid_classes: NDArray[np.int64] | None = None
+        if quantiser.classes:
+            classes = classes_of(train, shards.labels, quantiser.classes)
+            valid_classes = classes_of(valid, shards.labels, quantiser.classes)
+        self.windows = [
+            TrainingWindows(train, length, count, seed + i, quantiser, pad, augmentation, classes, unconditional)
+            for i, (length, count) in enumerate(zip(lengths, rows, strict=True))
+        ]
+        self._steps = steps
+        self.tokens_per_step = round(sum(n * r for n, r in zip(lengths, rows, strict=True)) / len(lengths))
+        longest, at_once = lengths[-1], rows_at_once or rows[-1]
+        none = len(quantiser.classes)
+
+        def held_out(at_most: int) -> HeldOutWindows:
+            return HeldOutWindows(valid, longest, at_once, valid_classes, none, at_most)
+
+        share = self.tokens_per_step * steps // QUICK_SHARE if steps else QUICK_SAMPLES
+        self.held_out = held_out(valid_samples)
+        self.held_out_quick = held_out(min(valid_samples, QUICK_SAMPLES, max(1, share)))
+        self.quick_tokens = self.held_out_quick.targets
+        self.last_evaluation: dict[str, float] = {}
+        self._evaluated = evaluated
+
+    def batch(self, step: int) -> Batch:
+        """The windows of a step, as bytes: the rest is made on the device."""
+        windows = self.windows[self.stage(step)].batch(step)
+        tensors = {"tokens": torch.from_numpy(windows.tokens), "counted": torch.from_numpy(windows.counted)}
+        if self.quantiser.classes:
+            tensors["classes"] = torch.from_numpy(windows.classes)
+        return Batch(tensors, int(windows.counted.sum()), windows.where)
+
+    def stage(self, step: int) -> int:
+        """Which of the lengths a step has."""
+        if self._steps is None or len(self.windows) == 1:
+            return 0
+        return min(step * len(self.windows) // self._steps, len(self.windows) - 1)
+
+    def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Sum of the cross entropy in nats over the samples that count."""
+        return audio_loss(model, tensors["tokens"], tensors["counted"], tensors.get("classes"))
+
+    def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:
+        """Mean loss in nats a sample and bits per byte over the held-out windows (a part of them if `quick`)."""
+        windows = self.held_out_quick if quick else self.held_out
+        device = next(model.parameters()).device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in windows:
+            classes = torch.from_numpy(batch.classes).to(device) if self.quantiser.classes else None
+            tokens, counted = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.counted).to(device)
+            total += audio_loss(model, tokens, counted, classes).double()
+        figures = {}
+        if windows.targets:
+            loss = total.item() / windows.targets
+            figures = {"loss": loss, "bits_per_byte": loss * BITS, "targets": windows.targets}
+            self.last_evaluation = figures
+        if self._evaluated:
+            assert isinstance(model, AudioUNet)
+            with torch.autocast(device.type, enabled=False):
+                self._evaluated(model, quick)
+        return figures
+
+    def model_files(self, model: nn.Module) -> dict[str, Writer]:
+        """The files of the model folder."""
+        assert isinstance(model, AudioUNet)
+        quality = "not measured yet"
+        if self.last_evaluation:
+            figures = self.last_evaluation
+            quality = (
+                f"Held-out sound: {figures['loss']:.4f} nats a sample ({figures['bits_per_byte']:.4f} bits a byte) "
+                f"over {figures['targets']:,.0f} samples of clips that were not trained on."
+            )
+        text = model_card(
+            model,
+            title=self.card.title,
+            data=self.card.data,
+            licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
+            recipe=self.card.recipe,
+            quality=quality,
+        )
+        return dict(model_writers(model, self.quantiser.model_dump(mode="json"), text))
+
+
+def audio_loss(model: nn.Module, tokens: Tensor, counted: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Sum of the cross entropy in nats of tokens (batch, length), of which each row's first `counted` count.
+
+    The model is fed the same one position later, with silence in front.
+    """
+    logits, _ = model(shifted(tokens), classes=classes)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    targets = tokens.long().masked_fill(places >= counted[:, None], IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def shifted(tokens: Tensor) -> Tensor:
+    """What a model is fed to predict tokens (batch, length): silence, then all but the last."""
+    return F.pad(tokens[:, :-1], (1, 0), value=SILENCE)
