@@ -34,7 +34,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "mambagen.commands.train_sc09_classifier:train_sc09_classifier",
         "Train the judge of eval-sc09 on spoken digits.",
     ),
-    "data": ("mambagen.commands.data:data", "List, show, fetch and verify the data sets known by name."),
+    "score-variants": (
+        "mambagen.commands.score_variants:score_variants",
+        "Score the variants of a VCF by their log-likelihood ratios.",
+    ),
+    "pretrain-audio": ("mambagen.commands.pretrain_audio:pretrain_audio", "Train a model of raw sound."),
+    "data": (
+        "mambagen.commands.data:data",
+        "List, show, fetch and verify data sets; prepare, audit and simulate genomes.",
+    ),
     "doctor": ("mambagen.commands.doctor:doctor", "Show what this machine offers and check the kernels on it."),
 }
 
