@@ -1,0 +1,172 @@
+"""Encoders by length on a GPU: forward pass and train step of the same number of tokens, time and memory; S4D by FFT.
+
+    python -m benchmarks.encoders [--encoders bigs bimamba bert] [--size 7m] [--tokens 131072] [--out encoders.json]
+        [--figure encoders.png] [--parts length s4d]
+
+"length": encoders of one size at lengths of 128 to 131072, under bfloat16 autocast. `bert` is attention by PyTorch's
+flash kernels. "s4d": the train step of one S4D layer (forward, backward) beside the usual implementation in plain
+torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import median_ms, print_table, write_json
+from mambagen.models.config import MAMBA_SIZES
+from mambagen.models.encoders import build_encoder, count_parameters, match_parameters
+from mambagen.models.s4d_mixer import S4D, S4DConfig
+
+LENGTHS = tuple(1 << k for k in range(7, 18))
+
+
+def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
+    """(milliseconds, peak GB) of a call; (None, None) where the memory does not suffice."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        milliseconds = median_ms(run, seconds=0.3)
+    except torch.cuda.OutOfMemoryError:
+        return None, None
+    return milliseconds, torch.cuda.max_memory_allocated() / 1e9
+
+
+def encoder_rows(encoders: list[str], size: str, tokens: int) -> list[dict[str, Any]]:
+    """A row an encoder and length."""
+    wanted = count_parameters("mamba", MAMBA_SIZES[size].model_dump())
+    rows = []
+    for name in encoders:
+        shape = match_parameters(name, wanted)
+        built = build_encoder(name, shape)
+        assert isinstance(built, nn.Module)
+        encoder = built.cuda()
+        for length in LENGTHS:
+            batch = max(1, tokens // length)
+            ids = torch.randint(7, 11, (batch, length), device="cuda")
+            forward, train = passes(encoder, ids)
+            row: dict[str, Any] = {"encoder": name, "parameters": sum(p.numel() for p in encoder.parameters())}
+            row |= {"batch": batch, "length": length}
+            for part, run in (("forward", forward), ("train", train)):
+                milliseconds, gigabytes = measured(run)
+                row[f"{part} Mtok/s"] = None if milliseconds is None else batch * length / milliseconds / 1e3
+                row[f"{part} GB"] = gigabytes
+            rows.append(row)
+            print(row, flush=True)
+        encoder.zero_grad(set_to_none=True)
+        del encoder, built
+    return rows
+
+
+def passes(encoder: nn.Module, ids: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A forward pass, and one with backward."""
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            encoder(ids, None)
+
+    def train() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = encoder(ids, None)
+        out.float().square().mean().backward()
+        encoder.zero_grad(set_to_none=True)
+
+    return forward, train
+
+
+def plain_s4d(layer: S4D, x: Tensor) -> Tensor:
+    """The layer's output in plain torch, as S4D is usually written; x is (batch, length, channels)."""
+    dt, A, C, D = layer.system()
+    length = x.shape[1]
+    z = dt[:, None] * A
+    coefficients = C * (torch.exp(z) - 1) / A
+    powers = torch.exp(z[..., None] * torch.arange(length, device=x.device))
+    kernel = 2 * torch.einsum("hn,hnl->hl", coefficients, powers).real
+    wide = x.float().transpose(1, 2)
+    y = torch.fft.irfft(torch.fft.rfft(wide, 2 * length) * torch.fft.rfft(kernel, 2 * length), 2 * length)[..., :length]
+    return (y + wide * D[:, None]).transpose(1, 2).to(x.dtype)
+
+
+def s4d_rows(tokens: int, channels: int = 256, states: int = 32) -> list[dict[str, Any]]:
+    """A row a length and way to share systems: ours beside plain torch, and how far apart they are."""
+    rows = []
+    for shared in (False, True):
+        for length in (1024, 4096, 16384, 65536):
+            torch.manual_seed(0)
+            config = S4DConfig(d_model=channels, d_state=states, n_ssm=1 if shared else "channels")
+            layer = S4D(config).cuda()
+            x = torch.randn(max(1, tokens // length), length, channels, device="cuda", dtype=torch.bfloat16)
+            x.requires_grad_()
+            row: dict[str, Any] = {"systems": 1 if shared else channels, "batch": len(x), "length": length}
+            ways: dict[str, Callable[[], Tensor]] = {
+                "ours": lambda layer=layer, x=x: layer(x)[0],  # type: ignore[misc]
+                "plain": lambda layer=layer, x=x: plain_s4d(layer, x),  # type: ignore[misc]
+            }
+            for name, way in ways.items():
+
+                def train(way: Callable[[], Tensor] = way, layer: S4D = layer, x: Tensor = x) -> None:
+                    way().float().square().mean().backward()
+                    layer.zero_grad(set_to_none=True)
+                    x.grad = None
+
+                row[f"{name} ms"], row[f"{name} GB"] = measured(train)
+            try:
+                with torch.no_grad():
+                    a, b = ways["ours"]().float(), ways["plain"]().float()
+                row["difference"] = float((a - b).norm() / b.norm())
+            except torch.cuda.OutOfMemoryError:
+                row["difference"] = None
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Speed and memory of the train step against length."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    for name in dict.fromkeys(row["encoder"] for row in rows):
+        own = [row for row in rows if row["encoder"] == name]
+        for axis, key in zip(axes, ("forward Mtok/s", "train Mtok/s", "train GB"), strict=True):
+            axis.plot([row["length"] for row in own], [row[key] for row in own], marker="o", label=name)
+            axis.set(xscale="log", yscale="log", xlabel="length", ylabel=key)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"{torch.cuda.get_device_name()}, bfloat16")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoders", nargs="+", default=["bigs", "bigs-stack", "bimamba", "bert"])
+    parser.add_argument("--parts", nargs="+", choices=("length", "s4d"), default=["length", "s4d"])
+    parser.add_argument("--size", default="7m")
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--out")
+    parser.add_argument("--figure")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.encoders: needs a CUDA device")
+    rows = []
+    if "length" in args.parts:
+        rows = encoder_rows(args.encoders, args.size, args.tokens)
+        print_table(rows, f"encoders of {args.size}")
+        if args.figure:
+            draw(rows, args.figure)
+    systems = s4d_rows(args.tokens) if "s4d" in args.parts else []
+    if systems:
+        print_table(systems, "train step of an S4D layer, 256 channels")
+    write_json(args.out, "encoders", rows + systems)
+
+
+if __name__ == "__main__":
+    main()
