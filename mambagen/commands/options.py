@@ -1,7 +1,8 @@
 """Options and habits that commands share. Imports click and the standard library only."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from decimal import Decimal
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -14,6 +15,38 @@ ENCODERS = ("bigs", "bigs-stack", "bimamba", "bert")
 POOLINGS = ("mean", "first", "last", "max")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class Bases(click.ParamType):
+    """A number of bases (or tokens) as people write it: 131072, 2M (millions), 10k, 1.5G or 1.5B, 1Mi (2^20), 128Ki."""
+
+    name = "N"
+    UNITS: ClassVar[dict[str, int]] = {
+        "": 1,
+        "k": 10**3,
+        "m": 10**6,
+        "g": 10**9,
+        "b": 10**9,
+        "ki": 1 << 10,
+        "mi": 1 << 20,
+        "gi": 1 << 30,
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).replace("_", "").replace(",", "").strip().lower().removesuffix("bp")
+        number = text.rstrip("kmgbi")
+        try:
+            amount = Decimal(number) * self.UNITS[text[len(number) :]]
+        except (ArithmeticError, KeyError):
+            self.fail(f"{value!r} is no number of bases; write it as 131072, 2M or 1Mi", param, ctx)
+        if not amount.is_finite() or amount != amount.to_integral_value():
+            self.fail(f"{value!r} is no whole number of bases", param, ctx)
+        return int(amount)
+
+
+BASES = Bases()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
