@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "mambagen.commands.train_sc09_classifier:train_sc09_classifier",
         "Train the judge of eval-sc09 on spoken digits.",
     ),
+    "eval-sc09": ("mambagen.commands.eval_sc09:eval_sc09", "Judge generated spoken digits: FID, IS, mIS, AM."),
+    "sc09-stats": ("mambagen.commands.sc09_stats:sc09_stats", "Make statistics of real spoken digits for eval-sc09."),
     "score-variants": (
         "mambagen.commands.score_variants:score_variants",
         "Score the variants of a VCF by their log-likelihood ratios.",

@@ -3,8 +3,29 @@
 import sys
 from collections.abc import Sequence
 
-from mambagen.commands.options import DEVICES
+import click
+
+from mambagen.commands.options import DEVICES, F
 from mambagen.errors import UsageError
+
+
+def model_option(command: F) -> F:
+    """`--model`, by default the built-in one."""
+    what = "A model's folder, or a built-in one."
+    return click.option("--model", default="dna", show_default=True, metavar="FOLDER", help=what)(command)
+
+
+def running_options(command: F) -> F:
+    """`--batch-tokens`, `--precision` and `--device`, of commands that ask a model."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, metavar="|".join(DEVICES),
+                     help="Where to compute."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True,
+                     help="Of matrix products; bf16 needs a GPU."),
+        click.option("--batch-tokens", type=click.IntRange(min=1), metavar="N", help="Bases read at once."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def check_inputs(paths: Sequence[str], device: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from mambagen.commands.inputs import check_inputs
-from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, debug_option
+from mambagen.commands.inputs import check_inputs, model_option, running_options
+from mambagen.commands.options import CONTEXT_SETTINGS, debug_option
 from mambagen.errors import UsageError
 
 FORMATS = ("tsv", "bedgraph", "bigwig")
@@ -27,9 +27,7 @@ Examples:
 
 @click.command(name="score", context_settings=CONTEXT_SETTINGS, epilog=EPILOG)
 @click.argument("fasta", nargs=-1, required=True)
-@click.option(
-    "--model", default="dna", show_default=True, metavar="FOLDER", help="A model's folder, or a built-in one."
-)
+@model_option
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), help="Of the values [default: by the suffix of --out, else tsv]."
 )
@@ -41,11 +39,7 @@ Examples:
     help="Bases in front of a region that the model reads first.",
 )  # fmt: skip
 @click.option("--unit", type=click.Choice(["nats", "bits"]), default="nats", show_default=True, help="Of the values.")
-@click.option(
-    "--batch-tokens", type=click.IntRange(min=1), metavar="N", help="Bases that go through the model at once."
-)
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="On a GPU.")
-@click.option("--device", default="auto", show_default=True, metavar="|".join(DEVICES), help="Where to compute.")
+@running_options
 @click.option("--out", metavar="FILE", help="Write here, not to stdout; .gz is bgzip.")
 @click.option("--json", "as_json", is_flag=True, help="With --summary: a JSON object a line.")
 @debug_option

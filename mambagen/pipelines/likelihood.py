@@ -162,13 +162,13 @@ class LanguageModel:
             for line, row in enumerate(rows):
                 lead, _, end = places[row]
                 tokens[line, : end - lead] = store.read(spans[row].record, lead, end, minus)
-            scores, _, _ = self._piece(torch.from_numpy(tokens), self.model.allocate_state(len(rows)), None)
+            scores, _, _ = self.piece(torch.from_numpy(tokens), self.model.allocate_state(len(rows)), None)
             for line, row in enumerate(rows):
                 lead, start, end = places[row]
                 out[row] = scores[line, start - lead : end - lead].copy()
         return out
 
-    def _piece(self, tokens: Tensor, state: State, before: Tensor | None) -> tuple[Scores, State, Tensor]:
+    def piece(self, tokens: Tensor, state: State, before: Tensor | None) -> tuple[Scores, State, Tensor]:
         """Scores (batch, length) of tokens, the state after them, and the log-probabilities of what comes next.
 
         ``before``: such log-probabilities (batch, letters) of the first token; None where nothing is before it.
@@ -200,7 +200,7 @@ class LanguageModel:
         state, before = self.model.allocate_state(1), None
         for at in range(lead, end, self.batch_tokens):
             tokens = store.read(span.record, at, min(at + self.batch_tokens, end), minus)
-            scores, state, before = self._piece(torch.from_numpy(tokens.copy())[None], state, before)
+            scores, state, before = self.piece(torch.from_numpy(tokens.copy())[None], state, before)
             skipped = max(0, start - at)
             if skipped < len(tokens):
                 yield at + skipped, scores[0, skipped:]
