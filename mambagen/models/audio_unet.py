@@ -188,6 +188,17 @@ class AudioUNet(nn.Module):
         Raises:
             UsageError: classes for a model without them, or a document that begins inside a frame.
         """
+        x, after = self.backbone(tokens, state, classes, resets)
+        return self.head(x), after
+
+    def backbone(
+        self,
+        tokens: Tensor,
+        state: StageState | None = None,
+        classes: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, StageState | None]:
+        """`forward` without the head: (batch, length, d_model), of which the positions of interest go to `head`."""
         length = tokens.shape[1]
         if resets is not None:
             self._check_resets(resets, state)
@@ -197,11 +208,15 @@ class AudioUNet(nn.Module):
             x = F.pad(x, (0, 0, 0, missing))
             resets = None if resets is None else F.pad(resets, (0, missing))
         x, after = self._stage(0, x, state, resets)
-        return self.head(x[:, :length]), after
+        return x[:, :length], after
 
     def step(self, token: Tensor, state: StageState, classes: Tensor | None = None) -> tuple[Tensor, StageState]:
         """One position: tokens (batch,) -> logits (batch, vocab_size) and the new state; other arguments as above."""
-        x, after = self._step(0, self._embed(token[:, None], classes)[:, 0], state)
+        return self.step_embedded(self._embed(token[:, None], classes)[:, 0], state)
+
+    def step_embedded(self, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
+        """`step` for a token's embedding with its class's added, (batch, d_model)."""
+        x, after = self._step(0, x, state)
         return self.head(x), after
 
     def head(self, x: Tensor) -> Tensor:
@@ -218,12 +233,12 @@ class AudioUNet(nn.Module):
         def states(blocks: Sequence[Block]) -> tuple[Any, ...]:
             return tuple(block.allocate_state(batch, device, dtype) for block in blocks)
 
-        after: Any = states(self._blocks("centre"))
+        after: Any = states(self.blocks("centre"))
         for level, pool in reversed(_pools(self.config)):
             buffer = torch.zeros(batch, 0, self.config.width(level), device=device, dtype=wide)
             queue = torch.zeros(batch, pool, self.config.width(level), device=device, dtype=wide)
             after = StageState(
-                states(self._blocks("down", level)), buffer, queue, after, states(self._blocks("up", level))
+                states(self.blocks("down", level)), buffer, queue, after, states(self.blocks("up", level))
             )
         return cast(StageState, after)
 
@@ -236,13 +251,13 @@ class AudioUNet(nn.Module):
     def _stage(self, level: int, x: Tensor, state: Any, resets: Tensor | None) -> tuple[Tensor, Any]:
         """x (batch, frames, H) -> what the level gives back, (batch, frames, H), and the state."""
         if level == len(self.config.pool):
-            outputs, after = _run(self._blocks("centre"), x, state, resets)
+            outputs, after = _run(self.blocks("centre"), x, state, resets)
             return outputs[-1] + x, after
-        outputs, down = _run(self._blocks("down", level), x, None if state is None else state.down, resets)
+        outputs, down = _run(self.blocks("down", level), x, None if state is None else state.down, resets)
         skips = [x, *outputs]
         y, after = self._below(level, skips[-1], state, resets)
         y = y + skips.pop()
-        outputs, up = _run(self._blocks("up", level), y, None if state is None else state.up, resets, skips)
+        outputs, up = _run(self.blocks("up", level), y, None if state is None else state.up, resets, skips)
         out = outputs[-1] if self.config.stages == 5 else outputs[-1] + y
         return out, None if after is None else after._replace(down=down, up=up)
 
@@ -250,7 +265,7 @@ class AudioUNet(nn.Module):
         self, level: int, x: Tensor, state: StageState | None, resets: Tensor | None
     ) -> tuple[Tensor, StageState | None]:
         """DownPool, the deeper levels, UpPool: what they give to the frames x, and the state without the blocks'."""
-        pool, length = self.config.pool[level], x.shape[1]
+        pool, length, (down, up) = self.config.pool[level], x.shape[1], self.pools(level)
         frames = x if state is None else torch.cat([state.buffer, x], 1)
         begun = frames.shape[1] - length  # of x's first pooled frame
         whole = frames.shape[1] // pool
@@ -260,8 +275,8 @@ class AudioUNet(nn.Module):
         if whole:
             pooled = frames[:, : whole * pool].unflatten(1, (whole, pool)).flatten(2)
             marks = None if starts is None else starts[:, :whole].contiguous()
-            y, deeper = self._stage(level + 1, _linear(self._linear_of("down_pool", level), pooled), deeper, marks)
-            given = _linear(self._linear_of("up_pool", level), y).unflatten(2, (pool, -1)).flatten(1, 2)
+            y, deeper = self._stage(level + 1, _linear(down, pooled), deeper, marks)
+            given = _linear(up, y).unflatten(2, (pool, -1)).flatten(1, 2)
         if state is None:
             given = F.pad(given, (0, 0, pool, -pool))  # one pooled frame late
         else:
@@ -282,31 +297,32 @@ class AudioUNet(nn.Module):
     def _step(self, level: int, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One frame of a level, x (batch, H)."""
         if level == len(self.config.pool):
-            outputs, after = _step_through(self._blocks("centre"), x, state)
+            outputs, after = _step_through(self.blocks("centre"), x, state)
             return outputs[-1] + x, after
-        outputs, down = _step_through(self._blocks("down", level), x, state.down)
+        outputs, down = _step_through(self.blocks("down", level), x, state.down)
         skips = [x, *outputs]
         frame, deeper = torch.cat([state.buffer, skips[-1][:, None]], 1), state.deeper
         y, queue = state.queue[:, 0] + skips.pop(), state.queue[:, 1:]
-        outputs, up = _step_through(self._blocks("up", level), y, state.up, skips)
+        outputs, up = _step_through(self.blocks("up", level), y, state.up, skips)
         out = outputs[-1] if self.config.stages == 5 else outputs[-1] + y
         pool = self.config.pool[level]
         if frame.shape[1] == pool:
-            below, deeper = self._step(
-                level + 1, _linear(self._linear_of("down_pool", level), frame.flatten(1)), deeper
-            )
-            queue = _linear(self._linear_of("up_pool", level), below).unflatten(1, (pool, -1))
+            down_pool, up_pool = self.pools(level)
+            below, deeper = self._step(level + 1, _linear(down_pool, frame.flatten(1)), deeper)
+            queue = _linear(up_pool, below).unflatten(1, (pool, -1))
             frame = frame[:, :0]
         return out, StageState(down, frame, queue, deeper, up)
 
-    def _blocks(self, where: str, level: int | None = None) -> Sequence[Block]:
+    def blocks(self, where: str, level: int | None = None) -> Sequence[Block]:
+        """The blocks of a stage: "down" or "up" of a level, or "centre"."""
         found = getattr(self, where)
         if level is not None:
             found = found[level] if len(found) else []
         return cast(Sequence[Block], found)
 
-    def _linear_of(self, where: str, level: int) -> nn.Linear:
-        return cast(nn.Linear, getattr(self, where)[level])
+    def pools(self, level: int) -> tuple[nn.Linear, nn.Linear]:
+        """The DownPool's and the UpPool's map between a level and the next."""
+        return cast(tuple[nn.Linear, nn.Linear], (self.down_pool[level], self.up_pool[level]))
 
     # ---- input
 

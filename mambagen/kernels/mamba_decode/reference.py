@@ -80,7 +80,12 @@ def mixer_step(x: Tensor, w: LayerWeights, conv: Tensor, ssm: Tensor) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, sampling: Sampling, position: Tensor, streams: Tensor) -> Tensor:
-    """One token of each row of logits (batch, vocabulary); -inf is never drawn. ids (batch,) int64.
+    """One token of each row of logits (batch, vocabulary); -inf is never drawn. ids (batch,) int64."""
+    return pick(logits, sampling, uniform(sampling.seed, position, streams))
+
+
+def pick(logits: Tensor, sampling: Sampling, numbers: Tensor) -> Tensor:
+    """The same with the random numbers given, (batch,) in [0, 1).
 
     Ties are ordered by id, the lower first. The token is the first whose cumulative weight, in the order of ids,
     exceeds the random number's share of the whole.
@@ -99,12 +104,12 @@ def draw_tokens(logits: Tensor, sampling: Sampling, position: Tensor, streams: T
             falling = falling.masked_fill(before >= sampling.top_p * falling.sum(-1, keepdim=True), 0)
         weights = torch.zeros_like(weights).scatter(-1, order, falling)
     passed = weights.cumsum(-1)
-    target = uniform(sampling.seed, position, streams)[:, None] * passed[:, -1:]
+    target = numbers[:, None] * passed[:, -1:]
     found = ((passed > target) & (weights > 0)).int()
     return found.argmax(-1)
 
 
-def uniform(seed: int, position: Tensor, streams: Tensor) -> Tensor:
+def uniform(seed: int | Tensor, position: Tensor, streams: Tensor) -> Tensor:
     """Numbers in [0, 1) with 24 random bits, a function of (seed, position, stream): Philox4x32-10.
 
     The counter is (position low, position high, stream, 0), the key the seed's 64 bits, the result the first word
