@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from mambagen.data.mel import LogMel, MelSettings
+from mambagen.data.whole_file import whole_file
 from mambagen.data_manifests import cache_home
-from mambagen.errors import ModelError
+from mambagen.errors import ModelError, ResourceError
 from mambagen.models.builtin import find_model
 from mambagen.models.digit_classifier import DigitClassifier, digit_log_probabilities
 from mambagen.models.files import first_fault, read_manifest
@@ -135,13 +134,10 @@ def content_hash(clips: NDArray[np.float32]) -> str:
 
 
 def _keep(file: Path, judged: Judged) -> None:
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(judged).items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(partial, tensors)
-        os.replace(partial, file)
-    except OSError as error:
-        log.warning("%s: features are not kept: %s", file.parent, error.strerror or error)
-    finally:
-        partial.unlink(missing_ok=True)
+        with whole_file(file) as partial:
+            write_tensors(partial, tensors)
+    except (OSError, ResourceError) as error:
+        log.warning("features are not kept: %s", error)
