@@ -12,6 +12,8 @@ CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_
 SIZES = ("250k", "700k", "1.4m", "3.5m", "7m", "19m", "41m")
 # Those of mambagen.models.encoders that see both sides.
 ENCODERS = ("bigs", "bigs-stack", "bimamba", "bert")
+# The keys of mambagen.pipelines.recipes.RECIPES.
+RECIPES = ("scaling", "length-1k", "length-4k", "length-16k", "length-64k", "length-256k", "length-1m")
 POOLINGS = ("mean", "first", "last", "max")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")

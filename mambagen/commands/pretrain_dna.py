@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, ENCODERS, PRECISIONS, SIZES, debug_option, given
+from mambagen.commands.options import (
+    BASES,
+    CONTEXT_SETTINGS,
+    DEVICES,
+    ENCODERS,
+    PRECISIONS,
+    RECIPES,
+    SIZES,
+    debug_option,
+    given,
+)
 from mambagen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,6 +28,8 @@ Examples:
   mambagen pretrain-dna
   mambagen pretrain-dna --data genome.fa.gz --size 7m --minutes 60
   mambagen pretrain-dna --data chr1.fa chr2.fa --valid-records chr2 --steps 5000
+  mambagen pretrain-dna --data genomes/*.fa.gz --splits splits.bed --tokens 1B --context 64Ki --length-warmup 1Ki
+  mambagen pretrain-dna --recipe scaling --size 7m
   mambagen pretrain-dna --resume runs/pretrain-dna-20250131-120000
   mambagen pretrain-dna --objective mlm --encoder bigs --context 128 --out runs/bigs
   mambagen pretrain-dna --resume runs/bigs --context 4096
@@ -29,12 +41,27 @@ Examples:
     "--data",
     metavar="DATA...",
     multiple=True,
-    help="What to train on: FASTA or GenBank files, plain or gzip, - for stdin, or names of data sets "
+    help="What to train on: FASTA, GenBank or 2bit files, plain or gzip, - for stdin, or names of data sets "
     "(mambagen data list). Several may follow.  [default: demo]",
 )
 @click.argument("more_data", metavar="", nargs=-1)
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    help="Published settings, on hg38 unless --data says otherwise; all other options win over them.",
+)
 @click.option("--size", type=click.Choice(SIZES), help="Parameters of the model.  [default: 250k]")
-@click.option("--context", type=int, metavar="N", help="Bases in a window.  [default: 1024]")
+@click.option("--context", type=BASES, help="Bases in a window, as 131072 or 1Mi.  [default: 1024]")
+@click.option(
+    "--length-warmup",
+    type=BASES,
+    help="Begin with windows of N bases; they double until they have the context, and the batch halves with them.",
+)
+@click.option(
+    "--length-shares",
+    metavar="X,X,...",
+    help="Of the steps at each length, relative to each other; alike unless given.",
+)
 @click.option(
     "--objective",
     type=click.Choice(["ar", "mlm"]),
@@ -53,12 +80,11 @@ Examples:
 )
 @click.option("--from", "start_from", metavar="MODEL", help="Begin with the weights of this model folder.")
 @click.option("--steps", type=int, metavar="N", help="Train for exactly N updates.")
+@click.option("--tokens", type=BASES, help="Train on N tokens, as 10B: a whole number of updates.")
 @click.option(
     "--minutes", type=float, metavar="M", help="Train for M minutes; the schedule follows the clock.  [default: 1]"
 )
-@click.option(
-    "--batch-tokens", type=int, metavar="N", help="Bases in an update, all windows together.  [default: 8192]"
-)
+@click.option("--batch-tokens", type=BASES, help="Bases in an update, all windows together.  [default: 8192]")
 @click.option(
     "--lr",
     type=float,
@@ -69,6 +95,12 @@ Examples:
 @click.option("--weight-decay", type=float, metavar="X", help="AdamW's weight decay.  [default: 0.1]")
 @click.option("--clip", type=float, metavar="X", help="Largest norm of the gradient.  [default: 1.0]")
 @click.option("--accumulate", type=int, metavar="N", help="Cut an update into N pieces to save memory.  [default: 1]")
+@click.option(
+    "--recompute",
+    type=click.Choice(["auto", "always", "never"]),
+    help="Compute activations again in the backward, which saves memory; auto: where a GPU has too little.  "
+    "[default: auto]",
+)
 @click.option("--precision", type=click.Choice(PRECISIONS), help="auto: bf16 on a GPU, else fp32.  [default: auto]")
 @click.option("--device", metavar="|".join(DEVICES), help="Where to train; cuda:1 is the second GPU.  [default: auto]")
 @click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all cores]")
@@ -84,13 +116,25 @@ Examples:
     "--n", type=click.Choice(["ignore", "predict"]), help="N as a target: not counted, or predicted.  [default: ignore]"
 )
 @click.option(
+    "--windows",
+    type=click.Choice(["stretches", "intervals"]),
+    help="Draw windows anywhere inside the training part, or around the train intervals of the data set or of "
+    "--splits, which longer windows leave.  [default: stretches]",
+)
+@click.option(
+    "--strict-split/--no-strict-split",
+    default=None,
+    help="Windows around intervals never touch held-out bases (or may, as published); strict unless given.",
+)
+@click.option("--splits", metavar="BED", help="Divide the data by rows of record, start, end and train|valid|test.")
+@click.option(
     "--valid-fraction",
     type=float,
     metavar="SHARE",
     help="Hold out this share of each record in one piece.  [default: the data set's own split, else 0.1]",
 )
 @click.option("--valid-records", metavar="NAME[,NAME]", multiple=True, help="Hold out whole records instead.")
-@click.option("--valid-tokens", type=int, metavar="N", help="Measure on at most N held-out bases.  [default: 262144]")
+@click.option("--valid-tokens", type=BASES, help="Measure on at most N held-out bases.  [default: 262144]")
 @click.option(
     "--save-every", metavar="N|Mm", help="Write a checkpoint every N steps, or M minutes as in 10m.  [default: 10m]"
 )

@@ -4,6 +4,7 @@ A window of context L holds L + 1 bases: the inputs are its first L, the targets
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -155,6 +156,23 @@ class IntervalSampler(WindowSampler):
         row = (words[:, 0] % np.uint64(len(places))).astype(np.int64)
         along = (words[:, 1] & np.uint64(2**63 - 1)) % places.count[row].astype(np.uint64)
         return places.record[row], places.first[row] + along.astype(np.int64)
+
+
+class StagedSampler:
+    """One sampler after the other: the steps before ``ends[i]`` are those of ``samplers[i]``, later ones the last's."""
+
+    def __init__(self, samplers: Sequence[WindowSampler], ends: Sequence[int]) -> None:
+        if not samplers or len(samplers) != len(ends) or list(ends) != sorted(ends):
+            raise ValueError("give as many ends, in order, as samplers")
+        self.samplers, self.ends = list(samplers), list(ends)
+
+    def stage(self, step: int) -> int:
+        """Index of the sampler that a step is drawn by."""
+        return min(bisect_right(self.ends, step), len(self.samplers) - 1)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> WindowBatch:
+        """The windows of a step."""
+        return self.samplers[self.stage(step)].batch(step, rows)
 
 
 class FixedWindows:

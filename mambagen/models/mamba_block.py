@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mambagen.models.config import MambaConfig
 from mambagen.models.fused_block import fused_block, what_to_keep
@@ -35,7 +36,7 @@ class MambaBlock(nn.Module):
         self.config = config
         self.norm = RMSNorm(config.d_model, config.norm_epsilon)
         self.mixer = MambaMixer(config)
-        self.keep = "auto"  # for the backward, on a GPU: "all", "input", or what memory allows (see fused_block)
+        self.keep = "auto"  # for the backward: "all", "input", or what a GPU's memory allows (see fused_block)
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, resets: Tensor | None = None
@@ -48,7 +49,12 @@ class MambaBlock(nn.Module):
             keep = what_to_keep(x, self.config.n_layer) if self.keep == "auto" else self.keep
             weights = mixer.weights()
             return fused_block(x, norm.weight, norm.epsilon, weights, resets, keep, dtype, mixer.backend), None
-        return mamba_block_forward(x, norm.weight, norm.epsilon, mixer.weights(), state, resets, mixer.backend)
+        arguments = (x, norm.weight, norm.epsilon, mixer.weights(), state, resets, mixer.backend)
+        if self.keep == "input" and state is None and torch.is_grad_enabled():
+            out = checkpoint(mamba_block_forward, *arguments, use_reentrant=False)
+            assert isinstance(out, tuple)
+            return out
+        return mamba_block_forward(*arguments)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One position: x (batch, d_model)."""

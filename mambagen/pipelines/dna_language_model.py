@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mambagen.data.dna_tokens import IGNORED
 from mambagen.data.genome import Stretches
 from mambagen.data.markov import MarkovModel
-from mambagen.data.windows import FixedWindows, WindowSampler, fixed_windows
+from mambagen.data.windows import FixedWindows, StagedSampler, WindowSampler, fixed_windows
 from mambagen.models.files import Writer
 from mambagen.models.mamba_lm import MambaLM
 from mambagen.models.saving import model_card, model_writers
@@ -49,12 +49,14 @@ class DnaLanguageTask:
         card: ModelCard,
         rows_at_once: int | None = None,
         steps: int | None = None,
+        sampler: WindowSampler | StagedSampler | None = None,
     ) -> None:
         """`rows` windows a step, of which `rows_at_once` fit through the model; `valid_tokens` at most are measured.
 
-        A run of few `steps` looks at few held-out bases on its way.
+        `sampler` draws training windows in another way; its steps have as many tokens. A run of few `steps` looks at
+        few held-out bases on its way.
         """
-        self.sampler = WindowSampler(train, context, rows, seed, reverse_complement)
+        self.sampler = sampler or WindowSampler(train, context, rows, seed, reverse_complement)
         self.tokens_per_step = rows * context
         self.tokenizer = train.tokenizer
         self.identity = dict(identity)
@@ -71,6 +73,10 @@ class DnaLanguageTask:
         windows = self.sampler.batch(step)
         tensors = {"inputs": torch.from_numpy(windows.inputs), "targets": torch.from_numpy(windows.targets)}
         return Batch(tensors, int((windows.targets != IGNORED).sum()), windows.where)
+
+    def stage(self, step: int) -> int:
+        """Batches of one stage have one length."""
+        return self.sampler.stage(step) if isinstance(self.sampler, StagedSampler) else 0
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Sum of the cross entropy in nats over the targets."""

@@ -12,7 +12,7 @@ from mambagen.data.dna_tokens import IGNORED, VOCABULARY, reverse_complement
 from mambagen.data.flanks import fit_flanks
 from mambagen.data.genome import Stretches
 from mambagen.data.masking import MaskedWindows, mask_bases
-from mambagen.data.windows import WindowSampler, fixed_windows
+from mambagen.data.windows import StagedSampler, WindowSampler, fixed_windows
 from mambagen.models.files import Writer
 from mambagen.models.heads import MaskedLM
 from mambagen.models.saving import model_card, model_writers
@@ -47,9 +47,13 @@ class MaskedDnaTask:
         card: ModelCard,
         rows_at_once: int | None = None,
         steps: int | None = None,
+        sampler: WindowSampler | StagedSampler | None = None,
     ) -> None:
-        """`rows` windows a step, of which `rows_at_once` fit through the model; `valid_tokens` at most are read."""
-        self.sampler = WindowSampler(train, context, rows, seed, reverse_complement)
+        """`rows` windows a step, of which `rows_at_once` fit through the model; `valid_tokens` at most are read.
+
+        `sampler` draws training windows in another way; its steps have as many tokens.
+        """
+        self.sampler = sampler or WindowSampler(train, context, rows, seed, reverse_complement)
         self.seed = seed
         self.tokens_per_step = rows * context
         self.tokenizer = train.tokenizer
@@ -71,6 +75,10 @@ class MaskedDnaTask:
         inputs, targets = mask_bases(windows.inputs, self.seed, step)
         tensors = {"inputs": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
         return Batch(tensors, int((targets != IGNORED).sum()), windows.where)
+
+    def stage(self, step: int) -> int:
+        """Batches of one stage have one length."""
+        return self.sampler.stage(step) if isinstance(self.sampler, StagedSampler) else 0
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Sum of the cross entropy in nats over the chosen bases."""

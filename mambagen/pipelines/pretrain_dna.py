@@ -14,27 +14,30 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, ValidationError, field_validator
 
-from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.genome import Genome, Stretches
-from mambagen.data_manifests import default_splits, load_manifest, manifest_names, resolve_dna
+from mambagen.data.intervals import Interval
+from mambagen.data.windows import IntervalSampler, StagedSampler, WindowSampler
+from mambagen.data_manifests import load_manifest, manifest_names
 from mambagen.errors import DivergedError, InterruptedRun, ModelError, UsageError
-from mambagen.models import MAMBA_SIZES, MambaConfig, MambaLM, load_model
-from mambagen.models.encoders import count_parameters, match_parameters
-from mambagen.models.files import first_fault
-from mambagen.models.heads import EncoderModelConfig, MaskedLM
+from mambagen.models import MambaLM, load_model
+from mambagen.models.heads import MaskedLM
+from mambagen.models.mamba_block import MambaBlock
 from mambagen.pipelines.dna_language_model import DnaLanguageTask, ModelCard, fit_baselines
-from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT, MaskedDnaTask, fit_masked_baselines
+from mambagen.pipelines.dna_masked_model import MaskedDnaTask, fit_masked_baselines
+from mambagen.pipelines.genomes import open_genome, split_rows
+from mambagen.pipelines.pretrain_dna_config import DEFAULT_ENCODER, ENCODER_LR, PretrainDnaConfig
 from mambagen.reports.loss_plot import draw_loss
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
-from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
+from mambagen.training.config import configure, overlaid, read_toml, validated
 from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
 from mambagen.training.run_folder import RunFolder, read_metrics
+
+__all__ = ["PretrainDnaConfig", "PretrainDnaResult", "pretrain_dna", "resume_pretrain_dna"]
 
 log = logging.getLogger("mambagen")
 T = TypeVar("T")
@@ -42,109 +45,11 @@ T = TypeVar("T")
 # What a run cannot change when it goes on: it would be another model, or other data in another order.
 SAME_MODEL = ("size", "model", "objective", "encoder", "equivariant", "lower_case", "n")
 FIXED = (
-    *("data", *SAME_MODEL, "context", "batch_tokens", "seed", "reverse_complement"),
-    *("valid_fraction", "valid_records"),
+    *("data", *SAME_MODEL, "context", "length_warmup", "length_shares", "batch_tokens", "seed", "reverse_complement"),
+    *("splits", "valid_fraction", "valid_records", "windows", "strict_split"),
 )
 
-# The peak learning rate where none is given; the default of the configuration is Mamba's.
-ENCODER_LR = {"bigs": 2e-3, "bigs-stack": 2e-3, "bimamba": 4e-3, "bert": 1e-3}
-DEFAULT_ENCODER = "bigs"
-
-
-class PretrainDnaConfig(TrainConfig):
-    """All settings of `mambagen pretrain-dna`; the keys of its TOML file."""
-
-    data: tuple[str, ...] = Field(("demo",), min_length=1)  # names of data sets, FASTA or GenBank files, "-"
-    size: str = "250k"
-    model: dict[str, Any] = Field(default_factory=dict)  # changes to the size's MambaConfig, such as d_state
-    objective: Literal["ar", "mlm"] = "ar"  # predict the next base, or masked bases from both sides
-    encoder: Literal["bigs", "bigs-stack", "bimamba", "bert"] | None = None  # of masked models; None: bigs
-    equivariant: bool = False  # of masked models: the other strand's answer is the answer's other strand, exactly
-    start_from: str | None = None  # a model folder whose weights the run begins with
-    context: int = Field(1024, ge=1)
-    batch_tokens: int = Field(8192, ge=1)
-    reverse_complement: bool = False
-    lower_case: Literal["same", "n"] = "same"
-    n: Literal["ignore", "predict"] = "ignore"
-    valid_fraction: float | None = Field(None, ge=0, lt=1)  # default: the data set's own split, else a tenth
-    valid_records: tuple[str, ...] = ()
-    valid_tokens: int = Field(1 << 18, ge=1)
-
-    @field_validator("size")
-    @classmethod
-    def _known_size(cls, size: str) -> str:
-        if size not in MAMBA_SIZES:
-            raise ValueError(f"it must be one of {', '.join(MAMBA_SIZES)}")
-        return size
-
-    def tokenizer(self) -> DnaTokenizer:
-        """The policy for letters."""
-        return DnaTokenizer(lower_case=self.lower_case, n=self.n)
-
-    def mamba(self) -> MambaConfig:
-        """The architecture; UsageError where `model` has what a MambaConfig does not know."""
-        try:
-            return MambaConfig(**MAMBA_SIZES[self.size].model_dump() | self.model)
-        except ValidationError as error:
-            raise UsageError(f"[model] of the configuration: {first_fault(error)}") from error
-
-    def architecture(self) -> MambaConfig | EncoderModelConfig:
-        """Of the objective's model. An encoder has as many parameters as the Mamba of that size, within 3 %.
-
-        Raises:
-            UsageError: settings of masked models for another, or fields that the architecture does not know.
-        """
-        if self.objective == "ar":
-            if self.encoder or self.equivariant:
-                option = "--encoder" if self.encoder else "--equivariant"
-                raise UsageError(f"{option} belongs to masked models: add --objective mlm")
-            return self.mamba()
-        name = self.encoder or DEFAULT_ENCODER
-        shape = dict(self.model)
-        try:
-            if not {"d_model", "n_layer"} <= shape.keys():
-                wanted = count_parameters("mamba", MAMBA_SIZES[self.size].model_dump())
-                rest = {key: value for key, value in shape.items() if key not in ("d_model", "n_layer")}
-                shape = match_parameters(name, wanted, fixed=rest) | shape
-            return EncoderModelConfig(
-                encoder=name, encoder_config=shape, equivariant=self.equivariant, complement=DNA_COMPLEMENT
-            )
-        except ValidationError as error:
-            raise UsageError(f"[model] of the configuration: {first_fault(error)}") from error
-        except ValueError as error:
-            raise UsageError(f"--size {self.size}: {error}") from error
-
-    def new_model(self) -> MambaLM | MaskedLM:
-        """A model with first weights, or those of `start_from`."""
-        architecture = self.architecture()
-        model: MambaLM | MaskedLM
-        if isinstance(architecture, EncoderModelConfig):
-            model = MaskedLM(architecture, seed=self.seed)
-        else:
-            model = MambaLM(architecture, seed=self.seed)
-        if self.start_from is not None:
-            given, _ = load_model(self.start_from, kinds=[model.kind])
-            if given.config != architecture:
-                raise ModelError(
-                    f"{self.start_from}: holds another architecture than these settings describe (objective, encoder, "
-                    f"size and [model] must be those that it was trained with)"
-                )
-            model.load_state_dict(given.state_dict())
-        return model
-
-    def model_name(self) -> str:
-        """For titles and tables."""
-        name = "Mamba" if self.objective == "ar" else self.encoder or DEFAULT_ENCODER
-        own = ", equivariant" if self.equivariant else ""
-        return f"{name} {self.size}{own}, changed" if self.model else f"{name} {self.size}{own}"
-
-    def rows(self) -> int:
-        """Windows a step; UsageError where not even one fits."""
-        if self.batch_tokens < self.context:
-            raise UsageError(
-                f"--batch-tokens {self.batch_tokens} is less than one window of --context {self.context} bases"
-            )
-        return self.batch_tokens // self.context
+BASELINE_BASES = 1 << 27  # of the training part at most: counts of 8 bases change little beyond
 
 
 @dataclass(frozen=True)
@@ -249,13 +154,16 @@ def resolved(config: PretrainDnaConfig) -> PretrainDnaConfig:
     choose_device(config.device)
     config.rows()
     config.architecture()
+    config = config.in_steps()
     if config.objective == "mlm" and "lr" not in config.model_fields_set:
         config = config.model_copy(update={"lr": ENCODER_LR[config.encoder or DEFAULT_ENCODER]})
     cores = os.cpu_count() or 1
     threads = config.threads or torch.get_num_threads()
     if threads > cores:
         log.warning("%d threads on %d cores: using %d", threads, cores, cores)
-    return config.model_copy(update={"threads": min(threads, cores)}).with_budget()
+    config = config.model_copy(update={"threads": min(threads, cores)}).with_budget()
+    config.stages()
+    return config
 
 
 def to_keep(config: PretrainDnaConfig) -> PretrainDnaConfig:
@@ -263,7 +171,8 @@ def to_keep(config: PretrainDnaConfig) -> PretrainDnaConfig:
     names = manifest_names()
     data = (given if given in names or given == "-" else os.path.abspath(given) for given in config.data)
     start_from = None if config.start_from is None else os.path.abspath(config.start_from)
-    return config.model_copy(update={"data": tuple(data), "start_from": start_from})
+    splits = None if config.splits is None else os.path.abspath(config.splits)
+    return config.model_copy(update={"data": tuple(data), "start_from": start_from, "splits": splits})
 
 
 @dataclass(frozen=True)
@@ -280,20 +189,23 @@ def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
     """Read the data, hold a part out, fit the baselines on the rest."""
     set_threads(config.threads or 1)
     progress.state("reading the data ...")
-    genome = Genome.from_files(resolve_dna(config.data), config.tokenizer())
+    genome = open_genome(config.data, config.tokenizer())
+    intervals: list[Interval] = []
     if config.valid_records:
         train_part, valid_part = genome.hold_out(records=config.valid_records)
     elif config.valid_fraction is not None:
         train_part, valid_part = genome.hold_out(config.valid_fraction, seed=config.seed)
     else:
-        train_part, valid_part = genome.hold_out(0.1, seed=config.seed, intervals=default_splits(config.data))
+        intervals = split_rows(config.data, genome, config.splits)
+        train_part, valid_part = genome.hold_out(0.1, seed=config.seed, intervals=intervals)
     rows = config.rows()
+    sampler, order = _sampler(config, train_part, intervals)
     identity = {
         "training data": train_part.fingerprint(),
         "held-out data": valid_part.fingerprint(),
         "tokenizer": config.tokenizer().model_dump(mode="json"),
         "architecture": config.architecture().model_dump(mode="json"),
-        "order of the data": [config.context, rows, config.seed, config.reverse_complement],
+        "order of the data": [config.context, rows, config.seed, config.reverse_complement, *order],
     }
     task = (MaskedDnaTask if config.objective == "mlm" else DnaLanguageTask)(
         train_part,
@@ -307,8 +219,10 @@ def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
         _card(config, genome, train_part),
         rows_at_once=max(1, rows // config.accumulate),
         steps=config.steps,
+        sampler=sampler,
     )
-    baselines = _background(lambda: _fit_baselines(task, train_part, config.reverse_complement))
+    fitted_on = train_part.some(BASELINE_BASES)
+    baselines = _background(lambda: _fit_baselines(task, fitted_on, config.reverse_complement))
     if choose_device(config.device).type == "cpu":  # where training needs the cores; beside a GPU they have time
         progress.state("fitting the baselines ...")
         baselines.result()
@@ -316,6 +230,25 @@ def prepare(config: PretrainDnaConfig, progress: Progress) -> Job:
     masked = "masked " if config.objective == "mlm" else ""
     described = f"{task.held_out.targets:,} {masked}bases in {pieces} stretch{'es' if pieces != 1 else ''}"
     return Job(task, train_part, baselines, described)
+
+
+def _sampler(
+    config: PretrainDnaConfig, train_part: Stretches, intervals: list[Interval]
+) -> tuple[WindowSampler | StagedSampler, list[Any]]:
+    """What draws the training windows, and what of it a resumed run must share beyond length, rows, seed and strand."""
+
+    def of(context: int, rows: int) -> WindowSampler:
+        common = (context, rows, config.seed, config.reverse_complement)
+        if config.windows == "intervals":
+            return IntervalSampler(train_part, intervals, *common, strict=config.strict_split)
+        return WindowSampler(train_part, *common)
+
+    order: list[Any] = ["intervals", config.strict_split] if config.windows == "intervals" else []
+    stages = config.stages()
+    if not stages:
+        return of(config.context, config.rows()), order
+    order += [config.length_warmup, list(config.length_shares)]
+    return StagedSampler([of(stage.context, stage.rows) for stage in stages], [stage.end for stage in stages]), order
 
 
 def _fit_baselines(
@@ -341,6 +274,7 @@ def _train_and_report(
     progress.note(f"{job.train.bases:,} bases to train on; held out: {job.held_out}")
     title = f"{name} on {_data_names(config)}, context {config.context:,}"
     uniform = math.log(4 if config.objective == "mlm" else len(config.tokenizer().letters))  # N is never masked
+    choose_recompute(model, config.recompute)
     try:
         result = train(model, job.task, config, run, checkpoint, progress)
     except (InterruptedRun, DivergedError):
@@ -366,6 +300,13 @@ def _train_and_report(
         objective=config.objective,
         accuracy=result.held_out.get("accuracy"),
     )
+
+
+def choose_recompute(model: torch.nn.Module, recompute: str) -> None:
+    """Let blocks compute activations again in the backward "always", "never", or "auto": as a GPU's memory asks."""
+    for module in model.modules():
+        if isinstance(module, MambaBlock):
+            module.keep = {"auto": "auto", "always": "input", "never": "all"}[recompute]
 
 
 def _background(work: Callable[[], T]) -> "Future[T]":
@@ -400,10 +341,11 @@ def _card(config: PretrainDnaConfig, genome: Genome, train_part: Stretches) -> M
             manifest = load_manifest(given)
             data.append(f"{manifest.title}. {manifest.provenance}. Licence: {manifest.licence}.")
     goal = "masked bases" if config.objective == "mlm" else "next base"
+    lengths = f" (windows from {config.length_warmup} on, doubling)" if config.length_warmup else ""
     recipe = (
-        f"`mambagen pretrain-dna`: {goal}, context {config.context}, {config.rows() * config.context:,} tokens a step, "
-        f"AdamW with peak learning rate {config.lr:g}, warmup {config.warmup:g} of the budget, cosine to zero, "
-        f"weight decay {config.weight_decay:g}, gradient clipped at {config.clip:g}, seed {config.seed}. All settings "
-        f"are in the run's config.toml."
+        f"`mambagen pretrain-dna`: {goal}, context {config.context}{lengths}, {config.rows() * config.context:,} "
+        f"tokens a step, AdamW with peak learning rate {config.lr:g}, warmup {config.warmup:g} of the budget, cosine "
+        f"to zero, weight decay {config.weight_decay:g}, gradient clipped at {config.clip:g}, seed {config.seed}. All "
+        f"settings are in the run's config.toml."
     )
     return ModelCard(f"{config.model_name()} on {_data_names(config)}", "\n\n".join(data), recipe)

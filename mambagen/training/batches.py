@@ -26,7 +26,8 @@ class Batch:
 class Task(Protocol):
     """A job as the loop sees it. `batch` must be a function of the step alone: that is what makes resuming exact.
 
-    A task may have an attribute `done`, which ends training where it is true after an evaluation on the way.
+    A task may have an attribute `done`, which ends training where it is true after an evaluation on the way, and a
+    method `stage(step)`: batches of another stage have other shapes, and the loop prepares for them when they come.
     """
 
     identity: dict[str, Any]  # JSON values that a checkpoint has to share to be gone on from

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mambagen.errors import UsageError
 
 DEFAULT_MINUTES = 1.0
+BUDGETS = ("steps", "minutes", "tokens")  # tokens: of jobs that know how many a step has
 
 
 class TrainConfig(BaseModel):
@@ -88,11 +89,11 @@ def configure(kind: type[Config], file: Path | None, options: Mapping[str, Any])
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`; a budget above replaces the other kind of budget below."""
+    """`above` over `below`; a budget above replaces one of another kind below."""
     merged = dict(below)
-    if "steps" in above or "minutes" in above:
-        merged.pop("steps", None)
-        merged.pop("minutes", None)
+    if any(budget in above for budget in BUDGETS):
+        for budget in BUDGETS:
+            merged.pop(budget, None)
     merged.update(above)
     return merged
 

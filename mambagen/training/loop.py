@@ -120,6 +120,7 @@ def train(
         saved_at = position
         graph: GraphedPass | None = None
         used = budget.progress(position.step, position.seconds)
+        stage = stage_of(task, position.step)
         if used < 1:
             progress.state("preparing: the first batch goes through once (kernels may be compiled) ...")
             graph = rehearse(model, task, batches, config.accumulate, autocast)
@@ -137,6 +138,14 @@ def train(
                 break
             lr = learning_rate(config.lr, config.warmup, used)
             set_learning_rate(optimizer, lr)
+            if stage_of(task, position.step) != stage:
+                stage = stage_of(task, position.step)
+                if device.type == "cuda":
+                    read()
+                    graph = None  # its memory is needed for the next
+                    progress.state("preparing for longer windows ...")
+                    graph = rehearse(model, task, batches, config.accumulate, autocast)
+                    log.restart_clock()
             batch = batches.next()
             loss, norm = train_step(model, task, batch, optimizer, bad, config, autocast, graph)
             seconds = time.monotonic() - clock_began
@@ -251,6 +260,12 @@ def rehearse(
             graph = record(model, lambda tensors: autocast.loss(task, model, tensors), first[0])
     model.zero_grad(set_to_none=True)
     return graph
+
+
+def stage_of(task: Task, step: int) -> int:
+    """The stage of a step's batch; 0 for a task that has none."""
+    stage = getattr(task, "stage", None)
+    return 0 if stage is None else int(stage(step))
 
 
 def due_for_saving(config: TrainConfig, position: Position, saved_at: Position) -> bool:
