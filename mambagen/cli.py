@@ -28,6 +28,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Train a classifier of labelled DNA sequences.",
     ),
     "classify": ("mambagen.commands.classify:classify", "Tell the class of each record of a FASTA."),
+    "train-species": ("mambagen.commands.train_species:train_species", "Train a model that tells species apart."),
+    "classify-species": (
+        "mambagen.commands.classify_species:classify_species",
+        "Tell the species of each record of a FASTA.",
+    ),
     "check-rc": ("mambagen.commands.check_rc:check_rc", "Check that a model answers both strands of DNA alike."),
     "score": ("mambagen.commands.score:score", "Give the log-likelihood of every base of a genome."),
     "train-sc09-classifier": (
@@ -36,9 +41,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "eval-sc09": ("mambagen.commands.eval_sc09:eval_sc09", "Judge generated spoken digits: FID, IS, mIS, AM."),
     "sc09-stats": ("mambagen.commands.sc09_stats:sc09_stats", "Make statistics of real spoken digits for eval-sc09."),
+    "embed": ("mambagen.commands.embed:embed", "Write the vectors that a model gives records or regions."),
     "score-variants": (
         "mambagen.commands.score_variants:score_variants",
         "Score the variants of a VCF by their log-likelihood ratios.",
+    ),
+    "generate-audio": (
+        "mambagen.commands.generate_audio:generate_audio",
+        "Make sound: spoken digits, or what a model of yours learnt.",
     ),
     "pretrain-audio": ("mambagen.commands.pretrain_audio:pretrain_audio", "Train a model of raw sound."),
     "data": (

@@ -1,7 +1,7 @@
 """Records of a FASTA file in pieces, so that a chromosome passes through in the memory of a block.
 
-The same checks and messages as `mambagen.data.fasta.read_records`, which holds a record at a time. A GenBank file is
-read by Biopython, which holds all of it; its records come as one piece each.
+The same checks and messages as `mambagen.data.fasta.read_records`, which holds a record at a time. The records of
+GenBank and 2bit files come as one piece each.
 """
 
 import itertools
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from mambagen.data import fasta
 from mambagen.data.byte_blocks import BLOCK, shown, text_blocks
+from mambagen.data.record import Record
+from mambagen.data.two_bit import is_two_bit, two_bit_records
 from mambagen.errors import InputError
 
 log = logging.getLogger("mambagen")
@@ -37,21 +39,9 @@ def stream_pieces(path: str | Path, block_size: int = BLOCK) -> Iterator[Piece]:
     Empty records come too, with a warning. Raises InputError as `read_records` does, also where it finds the fault
     after pieces of the same record were given.
     """
-    blocks = text_blocks(path, block_size)
-    start = b""
-    for block in blocks:
-        start += block
-        if len(start.lstrip()) >= 16:
-            break
-    if start.lstrip().startswith(b">"):
-        lines_before = start[: len(start) - len(start.lstrip())].count(b"\n")
-        pieces = _fasta_pieces(shown(path), 1 + lines_before, itertools.chain([start.lstrip()], blocks))
-    else:  # GenBank, or what read_records will refuse
-        blocks.close()  # type: ignore[attr-defined]
-        pieces = (Piece(r.id, r.path, r.line, r.sequence, True) for r in fasta.read_records(path, block_size))
     lines_of: dict[str, int] = {}
     bases = length = 0
-    for piece in pieces:
+    for piece in _pieces(path, block_size):
         if lines_of.get(piece.id, piece.line) != piece.line:
             raise InputError.at(
                 piece.path,
@@ -68,6 +58,34 @@ def stream_pieces(path: str | Path, block_size: int = BLOCK) -> Iterator[Piece]:
         yield piece
     if bases == 0:
         raise InputError.at(shown(path), None, f"it holds no sequence: all of its {len(lines_of)} records are empty")
+
+
+def _pieces(path: str | Path, block_size: int) -> Iterator[Piece]:
+    """Of a file of any of the formats; only FASTA is cut."""
+    name = shown(path)
+    if is_two_bit(path):
+        yield from map(_whole, two_bit_records(path))
+        return
+    blocks = text_blocks(path, block_size)
+    start, line = b"", 1
+    for block in blocks:
+        start += block
+        first = start.lstrip()  # blank lines may stand before the first record
+        line += start[: len(start) - len(first)].count(b"\n")
+        start = first
+        if len(start) >= 16:  # enough to tell the format by
+            break
+    text = itertools.chain([start], blocks)
+    if start.startswith(b">"):
+        yield from _fasta_pieces(name, line, text)
+    elif start.startswith(b"LOCUS"):
+        yield from map(_whole, fasta._genbank_records(name, text))
+    else:
+        raise InputError.at(name, line if start else None, fasta._why_neither(start))
+
+
+def _whole(record: Record) -> Piece:
+    return Piece(record.id, record.path, record.line, record.sequence, True)
 
 
 def _fasta_pieces(name: str, line: int, blocks: Iterator[bytes]) -> Iterator[Piece]:

@@ -8,12 +8,10 @@ A span is read in chunks with the carried state, so memory does not grow with it
 side by side. Neither changes a number by more than 1e-5.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +20,13 @@ from torch import Tensor
 
 from mambagen.data.dna_tokens import PAD, DnaTokenizer
 from mambagen.data.sequence_store import SequenceStore, StoredRecord
-from mambagen.errors import ModelError, UsageError
-from mambagen.models.builtin import find_model
 from mambagen.models.mamba_lm import MambaLM, State
+from mambagen.pipelines.dna_models import BATCH_TOKENS, DEFAULT_MODEL, choose_precision, load_dna_model, mixed_precision
 from mambagen.pipelines.sequence_classification import batches_of_like_length
 from mambagen.training.loop import choose_device
 
 Scores = NDArray[np.float32]
 
-DEFAULT_MODEL = "dna"
-BATCH_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}
 BATCHES_HELD = 16  # of short spans, which are sorted by length before they are read
 
 
@@ -75,18 +70,11 @@ class LanguageModel:
             ModelError: the folder holds no causal language model of DNA. UsageError: no such device or precision.
         """
         where = choose_device(device)
-        if precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision {precision!r}: it must be fp32 or bf16")
-        if precision == "bf16" and where.type != "cuda":
-            raise UsageError("precision bf16 is for a GPU; leave it out on a CPU")
         if isinstance(model, MambaLM):
             self.model, self.tokenizer = model.to(where).eval(), tokenizer or DnaTokenizer()
         else:
-            import mambagen
-
-            load_kind(model, [MambaLM.kind])
-            self.model, self.tokenizer = mambagen.load(model, where)
-        self.device, self.precision = where, precision
+            self.model, self.tokenizer = load_dna_model(model, where, [MambaLM.kind])
+        self.device, self.precision = where, choose_precision(precision, where)
         self.batch_tokens = batch_tokens or BATCH_TOKENS[where.type]
         self._letters = torch.tensor(self.tokenizer.letters, device=where)
         # token id -> column of the log-probabilities; the last column is NaN
@@ -96,8 +84,7 @@ class LanguageModel:
 
     def log_probabilities(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Of the letter after each of (batch, length) tokens: (batch, length, letters) float32; and the state."""
-        mixed = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else _as_it_is()
-        with torch.inference_mode(), mixed:
+        with torch.inference_mode(), mixed_precision(self.device, self.precision):
             logits, after = self.model(tokens, state)
             assert after is not None
             return logits.float()[..., self._letters].log_softmax(-1), after
@@ -206,18 +193,6 @@ class LanguageModel:
                 yield at + skipped, scores[0, skipped:]
 
 
-def load_kind(model: Path | str, kinds: Sequence[str]) -> None:
-    """ModelError unless the folder or built-in model is of one of these kinds, said before its weights are read."""
-    from mambagen.models.files import read_json
-    from mambagen.models.saving import CONFIG
-
-    folder = find_model(model)
-    path = folder / CONFIG
-    kind = read_json(path).get("kind") if path.exists() else None
-    if kind is not None and kind not in kinds:
-        raise ModelError(f"{folder}: holds a model of kind {kind}; what is needed here is {' or '.join(kinds)}")
-
-
 def _place(span: Span, minus: bool) -> tuple[int, int, int]:
     """(where reading begins, start, end) of a span in the coordinates of its strand."""
     length = span.record.length
@@ -228,7 +203,3 @@ def _place(span: Span, minus: bool) -> tuple[int, int, int]:
 def _mean(a: Scores, b: Scores) -> Scores:
     """The mean of two strands, or the one that there is."""
     return np.where(np.isnan(a), b, np.where(np.isnan(b), a, (a + b) / 2)).astype(np.float32)
-
-
-def _as_it_is() -> Any:
-    return contextlib.nullcontext()
