@@ -23,6 +23,7 @@ from mambagen.models.digit_classifier import DigitClassifier, DigitClassifierCon
 from mambagen.models.files import Writer, first_fault, read_json, verify_folder, write_folder_atomically
 from mambagen.models.heads import ClassifierConfig, EncoderModelConfig, MaskedLM, SequenceClassifier
 from mambagen.models.mamba_lm import MambaLM
+from mambagen.models.species_classifier import SpeciesClassifier, SpeciesConfig
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -32,6 +33,7 @@ KINDS: dict[str, tuple[type[BaseModel], type[nn.Module]]] = {
     MambaLM.kind: (MambaConfig, MambaLM),
     MaskedLM.kind: (EncoderModelConfig, MaskedLM),
     SequenceClassifier.kind: (ClassifierConfig, SequenceClassifier),
+    SpeciesClassifier.kind: (SpeciesConfig, SpeciesClassifier),
     AudioUNet.kind: (AudioUNetConfig, AudioUNet),
     DigitClassifier.kind: (DigitClassifierConfig, DigitClassifier),
 }

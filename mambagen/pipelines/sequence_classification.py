@@ -51,6 +51,32 @@ class ClassifierCard:
     recipe: str
 
 
+class Best:
+    """The best evaluation of a run so far, by a score and then by loss; and whether a better one is to be expected."""
+
+    def __init__(self, patience: int, history: Sequence[tuple[float, float]] = ()) -> None:
+        """`history`: (score, loss) of the evaluations that were made before, where a run goes on."""
+        self._patience = patience
+        self._best: tuple[float, float] | None = None
+        self._without_gain = 0
+        for score, loss in history:
+            self.note(score, loss)
+
+    @property
+    def done(self) -> bool:
+        """Whether `patience` evaluations in a row brought no better one."""
+        return self._without_gain >= self._patience
+
+    def note(self, score: float, loss: float) -> bool:
+        """Take in an evaluation; whether it is the best so far."""
+        better = self._best is None or (score, -loss) > (self._best[0], -self._best[1])
+        if better:
+            self._best = score, loss
+        same = not better and self._best == (score, loss)  # a model looked at twice
+        self._without_gain = 0 if better else self._without_gain + (not same)
+        return better
+
+
 class ClassificationTask:
     """Batches of labelled sequences, cross entropy, figures on validation; a `mambagen.training.batches.Task`.
 
@@ -79,7 +105,7 @@ class ClassificationTask:
         self.train, self.valid, self.tokenizer = train, valid, tokenizer
         self.labels, self.valid_labels = train.indices(classes), valid.indices(classes)
         self.rows, self.seed, self.reverse_complement = min(rows, len(train)), seed, reverse_complement
-        self.patience, self.identity, self.card, self.best = patience, dict(identity), card, best
+        self.identity, self.card, self.best = dict(identity), card, best
         self.batch_tokens = batch_tokens
         self.lengths = np.array([len(sequence) for sequence in train.sequences])
         self.padded = bool((self.lengths != self.lengths[0]).any())  # then every batch has a mask, for one graph fits
@@ -87,15 +113,12 @@ class ClassificationTask:
         self.tokens_per_step = round(float(self.lengths.mean()) * self.rows)
         self.quick_tokens = sum(len(sequence) for sequence in valid.sequences)
         self.last: Figures | None = None
-        self._best: tuple[float, float] | None = None
-        self._without_gain = 0
-        for mcc, loss in history:
-            self._note(mcc, loss)
+        self._best = Best(patience, history)
 
     @property
     def done(self) -> bool:
         """Whether more training is not expected to help."""
-        return self._without_gain >= self.patience
+        return self._best.done
 
     def batch(self, step: int) -> Batch:
         """The sequences of a step, padded to the longest."""
@@ -120,7 +143,7 @@ class ClassificationTask:
         if not len(self.valid):
             return {}
         self.last = measure(model, self.valid.sequences, self.valid_labels, self.batch_tokens)
-        if self._note(self.last.mcc, self.last.loss):
+        if self._best.note(self.last.mcc, self.last.loss):
             save_model(model, self.best, self.tokenizer.model_dump(mode="json"), self._text(model), replace=True)
         return self.last.numbers()
 
@@ -142,14 +165,6 @@ class ClassificationTask:
             quality=quality,
             extra=f"\n## Classes\n{', '.join(model.classes)}\n",
         )
-
-    def _note(self, mcc: float, loss: float) -> bool:
-        better = self._best is None or (mcc, -loss) > (self._best[0], -self._best[1])
-        if better:
-            self._best = mcc, loss
-        same = not better and self._best == (mcc, loss)  # a model looked at twice
-        self._without_gain = 0 if better else self._without_gain + (not same)
-        return better
 
     @lru_cache(maxsize=2)  # noqa: B019 (a task lives as long as the process)
     def _epoch(self, epoch: int) -> list[NDArray[np.int64]]:
