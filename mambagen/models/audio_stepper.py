@@ -27,6 +27,7 @@ from mambagen.kernels.unet_decode import (
 )
 from mambagen.kernels.unet_decode.reference import draw_tokens
 from mambagen.models.audio_unet import MIDDLE, AudioUNet, StageState
+from mambagen.models.cpu_linear import OneDnnLinear
 from mambagen.models.mamba_block import MambaBlock
 from mambagen.models.mamba_mixer import MambaState
 
@@ -131,6 +132,20 @@ class Stepper:
         return self.logits
 
     @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        """`prefill` by steps, in the stepper's own precision: the logits before each sample, (batch, length, vocab).
+
+        Their cross-entropy with the samples is the likelihood under which this stepper generates.
+        """
+        tokens = self._checked(tokens)
+        first = self.logits
+        after = self._decoder.read(self._rows(tokens))[:: 2 if self._guided else 1]
+        if self._prompt is not None:
+            self._prompt = torch.cat([self._prompt, tokens], 1)
+        self.position += tokens.shape[1]
+        return torch.cat([first[:, None], after[:, :-1]], 1)
+
+    @torch.no_grad()
     def generate(
         self,
         steps: int,
@@ -218,7 +233,8 @@ class Stepper:
         packed = isinstance(held, DecoderState)
         position, state = (held.position, stage_state(self.model, held)) if packed else held
         for chunk in tokens.split(max(self.model.config.cycle, PREFILL_CHUNK // len(tokens)), dim=1):
-            hidden, state = self.model.backbone(chunk, state, classes)
+            with OneDnnLinear():
+                hidden, state = self.model.backbone(chunk, state, classes)
         position += tokens.shape[1]
         self._decoder.load_state(decoder_state(self.model, state, position) if packed else (position, state))
         self._decoder.logits.copy_(self.model.head(hidden[:, -1]))

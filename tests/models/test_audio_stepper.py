@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mambagen.errors import UsageError
 from mambagen.models.audio_stepper import MIDDLE, Stepper
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
+from mambagen.models.cpu_linear import OneDnnLinear
 from tests.models.mixer_cases import randomise
 
 BACKENDS = ["cpu", "reference", "eager"]
@@ -54,6 +55,32 @@ def test_a_prompt_in_any_pieces_gives_the_logits_of_the_model(model, prompt, bac
         torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(stepper.logits, logits)
     assert stepper.position == 70
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reading_by_steps_gives_the_logits_before_each_sample(model, prompt, backend):
+    expected = logits_of(model, prompt)
+    stepper = Stepper(model, 3, backend, "float32")
+    stepper.prefill(None, CLASSES)
+    pieces = [stepper.read(prompt[:, :33]), stepper.read(prompt[:, 33:])]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected[:, :-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stepper.logits, expected[:, -1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(stepper.generate(5, guidance=2.0), begun(model, prompt, backend).generate(5, guidance=2.0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_by_onednn_are_those_of_torch(bias):
+    x, layer = torch.randn(2, 40, 24), torch.nn.Linear(24, 36, bias=bias)
+    with torch.no_grad():
+        expected = layer(x)
+        with OneDnnLinear():
+            torch.testing.assert_close(layer(x), expected)
+            assert torch.equal(layer(x[:1, :3]), layer(x[:1, :3]))
+            assert layer.double()(x.double()).dtype == torch.float64
+    layer.float()
+    with OneDnnLinear():  # where gradients are wanted torch's own is used
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
