@@ -51,27 +51,15 @@ def embed(
     """
     check_inputs([*fasta, *([bed] if bed else [])], device)
 
-    from mambagen.data.sequence_store import SequenceStore
-    from mambagen.data.whole_file import whole_file
-    from mambagen.pipelines.embed import Embedder
-    from mambagen.pipelines.embedding_files import check_suffix, open_embeddings
-    from mambagen.pipelines.score import spans_of
+    from mambagen.pipelines.embed import Embedder, embed_files
+    from mambagen.pipelines.embedding_files import check_suffix
     from mambagen.training.progress import Progress
 
-    kind = check_suffix(out)
+    check_suffix(out)
     asked = Embedder(model, layer, device, batch_tokens, precision, window)
-    about = {"model": model, "layer": layer, "pool": pool}
-    with Progress() as progress, SequenceStore.from_files(fasta, asked.tokenizer) as store:
-        spans = spans_of(store, bed, context=0, apart=True)
-        if not store.records:
-            store.raise_failures()
-        total = sum(map(len, spans))
-        with (
-            whole_file(out) as partial,
-            open_embeddings(partial, kind, spans, asked.dimension, pool != "none", about) as file,
-        ):
-            for at, start, vectors in asked.spans(store, spans, pool):  # type: ignore[arg-type]
-                file.write(at, start, vectors)
-                progress.state(f"{spans[at].record.id}:{start:,}, {total:,} bases in all")
-        progress.close()
-        store.raise_failures()
+    with Progress() as progress:
+
+        def said(done: int, total: int) -> None:
+            progress.state(f"{done:,} of {total:,} bases")
+
+        embed_files(asked, fasta, out, bed, pool, model, said)  # type: ignore[arg-type]

@@ -1,10 +1,7 @@
 """`mambagen score`: the likelihood of every base of a genome."""
 
-import json
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,7 +12,6 @@ from mambagen.errors import UsageError
 FORMATS = ("tsv", "bedgraph", "bigwig")
 SUFFIXES = {".tsv": "tsv", ".txt": "tsv", ".bedgraph": "bedgraph", ".bg": "bedgraph", ".bw": "bigwig",
             ".bigwig": "bigwig"}  # fmt: skip
-COLUMNS = ("record", "start", "end", "name", "scored", "log_likelihood", "mean", "perplexity")
 
 EPILOG = """\b
 Examples:
@@ -70,64 +66,27 @@ def score(
         raise UsageError("--summary writes rows, not a track: leave out --format bigwig, or give --out another suffix")
     if as_json and not summary:
         raise UsageError("--json goes with --summary")
-    if form == "bigwig" and (out is None or out == "-"):
+    if form == "bigwig" and out in (None, "-"):
         raise UsageError("a bigWig cannot be written to stdout; add --out FILE.bw")
 
-    from mambagen.data.sequence_store import SequenceStore
-    from mambagen.data.whole_file import byte_output, whole_file
     from mambagen.pipelines.likelihood import LanguageModel
-    from mambagen.pipelines.score import spans_of, summarise, write_track
-    from mambagen.pipelines.score_tracks import BedGraphTrack, BigWigTrack, TsvTrack, check_bigwig
+    from mambagen.pipelines.score import write_scores, write_summaries
     from mambagen.training.progress import Progress
 
-    if form == "bigwig":
-        check_bigwig()
     asked = LanguageModel(model, device, batch_tokens, precision)
-    scale = 1.0 if unit == "nats" else 1 / math.log(2)
-    with Progress() as progress, SequenceStore.from_files(fasta, asked.tokenizer) as store:
-        spans = spans_of(store, regions, context, apart=summary)
-        total = sum(map(len, spans))
-        quiet = sys.stdout.isatty() and (out is None or out == "-")  # the rows are to be seen there
+    with Progress() as progress:
+        seen = sys.stdout.isatty() and out in (None, "-")  # then the rows show how far it is
 
-        def said(done: int) -> None:
-            if not quiet:
+        def said(done: int, total: int) -> None:
+            if not seen:
                 progress.state(f"{done:,} of {total:,} bases")
 
-        if not store.records:
-            store.raise_failures()
         if summary:
-            with byte_output(out) as stream:
-                if not as_json:
-                    stream.write(("\t".join(COLUMNS) + "\n").encode())
-                for row in summarise(asked, store, spans, both_strands, said):
-                    values = [row.total, row.mean]
-                    sums = [None if value is None else value * scale for value in values]
-                    fields = [row.record, row.start, row.end, row.name or row.record, row.scored, *sums, row.perplexity]
-                    stream.write(_summary_line(fields, row.path if as_json else None))
-        elif form == "bigwig":
-            assert out is not None
-            with whole_file(out) as partial, BigWigTrack(partial, store.records) as track:
-                write_track(asked, store, spans, track, both_strands, scale, said)
+            write_summaries(asked, fasta, out, regions, context, both_strands, unit, as_json, said)
         else:
-            how = "natural log" if unit == "nats" else "log2"
-            strands = "mean of both strands" if both_strands else "plus strand"
-            description = f"log-likelihood of each base, {how}, {strands}, model {model}"
-            with byte_output(out) as stream:
-                rows = (
-                    TsvTrack(stream, f"log_likelihood_{unit}") if form == "tsv" else BedGraphTrack(stream, description)
-                )
-                write_track(asked, store, spans, rows, both_strands, scale, said)
-        progress.close()
-        store.raise_failures()
+            write_scores(asked, fasta, out, form, regions, context, both_strands, unit, model, said)
 
 
 def _format_of(out: str | None) -> str:
     suffixes = [suffix.lower() for suffix in Path(out or "-").suffixes if suffix != ".gz"]
     return SUFFIXES.get(suffixes[-1] if suffixes else "", "tsv")
-
-
-def _summary_line(values: list[Any], path: str | None) -> bytes:
-    if path is not None:
-        return (json.dumps({"file": path, **dict(zip(COLUMNS, values, strict=True))}) + "\n").encode()
-    shown = ["NA" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values]
-    return ("\t".join(shown) + "\n").encode()

@@ -1,16 +1,10 @@
 """`mambagen score-variants`: how likely a model finds the alternate alleles of a VCF."""
 
-import shutil
-import sys
-import tempfile
-from contextlib import ExitStack
-from pathlib import Path
-
 import click
 
 from mambagen.commands.inputs import check_inputs, model_option, running_options
 from mambagen.commands.options import CONTEXT_SETTINGS, debug_option
-from mambagen.errors import InputError, UsageError
+from mambagen.errors import UsageError
 
 EPILOG = """\b
 Examples:
@@ -55,32 +49,15 @@ def score_variants(
     if out and out.lower().endswith(".bcf"):
         raise UsageError("--out: BCF is not written here; pipe the VCF into bcftools view -Ob")
 
-    from mambagen.data.whole_file import byte_output
     from mambagen.pipelines.likelihood import LanguageModel
-    from mambagen.pipelines.score_variants import VariantJob, header_lines, score_lines
+    from mambagen.pipelines.score_variants import write_scored_vcf
     from mambagen.pipelines.variant_likelihoods import VariantScorer
     from mambagen.training.progress import Progress
 
-    asked = LanguageModel(model, device, batch_tokens, precision)
-    scorer = VariantScorer(asked, context, after)
-    with ExitStack() as stack:
-        path = Path(vcf)
-        if vcf == "-":  # it is read three times
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stdin"
-            with open(path, "wb") as copy:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
-        try:
-            job = VariantJob.open(path, fasta, asked)
-        except InputError as error:
-            raise InputError(str(error).replace(str(path), "stdin") if vcf == "-" else str(error)) from None
-        stack.callback(job.store.close)
-        progress = stack.enter_context(Progress())
+    scorer = VariantScorer(LanguageModel(model, device, batch_tokens, precision), context, after)
+    with Progress() as progress:
 
-        def said(done: int) -> None:
-            progress.state(f"{done:,} of {job.lines:,} lines")
+        def said(done: int, total: int) -> None:
+            progress.state(f"{done:,} of {total:,} lines")
 
-        stream = stack.enter_context(byte_output(out))
-        for text in header_lines(job, scorer, model):
-            stream.write(text.encode("utf-8", errors="surrogateescape") + b"\n")
-        for line in score_lines(job, scorer, said):
-            stream.write(line.text.encode("utf-8", errors="surrogateescape") + b"\n")
+        write_scored_vcf(vcf, fasta, scorer, out, model, said)

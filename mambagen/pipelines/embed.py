@@ -9,7 +9,7 @@ A causal model reads a sequence of any length in chunks with the carried state. 
 sequence longer than its window is read in windows side by side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.sequence_store import SequenceStore
+from mambagen.data.whole_file import whole_file
 from mambagen.errors import UsageError
 from mambagen.models.heads import MaskedLM, SequenceClassifier
 from mambagen.models.mamba_lm import MambaLM, State
@@ -31,7 +32,9 @@ from mambagen.pipelines.dna_models import (
     load_dna_model,
     mixed_precision,
 )
+from mambagen.pipelines.embedding_files import check_suffix, open_embeddings
 from mambagen.pipelines.likelihood import BATCHES_HELD, Span
+from mambagen.pipelines.score import spans_of
 from mambagen.pipelines.sequence_classification import batches_of_like_length, padded
 from mambagen.training.loop import choose_device
 
@@ -176,6 +179,41 @@ class Embedder:
         if self.layer is None:
             return _Tap(None)
         return _Tap(self._trunk.embedding if self.layer == 0 else self._trunk.layers[self.layer - 1])
+
+
+def embed_files(
+    model: Embedder,
+    paths: Sequence[Path | str],
+    out: Path | str,
+    regions: Path | str | None = None,
+    pool: Pool = "mean",
+    model_name: str = "",
+    said: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the vectors of all records, or of the regions of a BED file, as `embedding_files` says.
+
+    The file is there when it is whole. A FASTA that cannot be read does not keep the others from being done.
+
+    Raises InputError at the end, naming the files that could not be read; UsageError for a name of no known suffix.
+    """
+    kind = check_suffix(out)
+    with SequenceStore.from_files(paths, model.tokenizer) as store:
+        if not store.records:
+            store.raise_failures()
+        spans = spans_of(store, regions, context=0, apart=True)
+        total = sum(map(len, spans))
+        about = {"model": model_name, "layer": model.layer, "pool": pool}
+        with (
+            whole_file(out) as partial,
+            open_embeddings(partial, kind, spans, model.dimension, pool != "none", about) as file,
+        ):
+            done = 0
+            for at, start, vectors in model.spans(store, spans, pool):
+                file.write(at, start, vectors)
+                done += len(spans[at]) if pool != "none" else len(vectors)
+                if said:
+                    said(done, total)
+        store.raise_failures()
 
 
 class _Tap:

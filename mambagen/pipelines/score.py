@@ -10,6 +10,7 @@ From Python:
         print(row.record, row.perplexity)
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ import numpy as np
 
 from mambagen.data.regions import merged, read_regions
 from mambagen.data.sequence_store import SequenceStore
+from mambagen.data.whole_file import byte_output, whole_file
 from mambagen.pipelines.likelihood import LanguageModel, Span
-from mambagen.pipelines.score_tracks import Track
+from mambagen.pipelines.score_tracks import BedGraphTrack, BigWigTrack, Track, TsvTrack, check_bigwig
 
 REGION_CONTEXT = 8192  # bases in front of a region that are read first
-Said = Callable[[int], None]  # told how many bases are done
+UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
+COLUMNS = ("record", "start", "end", "name", "scored", "log_likelihood", "mean", "perplexity")
+
+Said = Callable[[int, int], None]  # told how many bases are done, and of how many
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,13 @@ def write_track(
     said: Said | None = None,
 ) -> None:
     """Score the spans, piece by piece, into a track; ``scale`` turns nats into another unit."""
-    done = 0
+    done, total = 0, sum(map(len, spans))
     for at, start, scores in model.spans(store, spans, both_strands):
         record = spans[at].record
         track.write(record, start, scores * np.float32(scale), store.read(record, start, start + len(scores)))
         done += len(scores)
         if said:
-            said(done)
+            said(done, total)
 
 
 def summarise(
@@ -87,20 +92,21 @@ def summarise(
     said: Said | None = None,
 ) -> Iterator[Summary]:
     """A row a span, in order, as soon as it is known; records without bases have theirs too."""
-    total, scored, bases, done = 0.0, 0, 0, 0
+    found, scored, bases, done = 0.0, 0, 0, 0
+    total = sum(map(len, spans))
     for at, _, scores in model.spans(store, spans, both_strands):
         there = scores[~np.isnan(scores)]
-        total += float(there.sum(dtype=np.float64))
+        found += float(there.sum(dtype=np.float64))
         scored += len(there)
         bases += len(scores)
         done += len(scores)
         if said:
-            said(done)
+            said(done, total)
         span = spans[at]
         if bases == len(span):
-            known = total if scored else None
+            known = found if scored else None
             yield Summary(span.record.path, span.record.id, span.start, span.end, span.name, scored, known)
-            total, scored, bases = 0.0, 0, 0
+            found, scored, bases = 0.0, 0, 0
 
 
 def summaries(
@@ -117,3 +123,80 @@ def summaries(
     with SequenceStore.from_files(paths, model.tokenizer) as store:
         yield from summarise(model, store, spans_of(store, regions, context, apart=True), both_strands)
         store.raise_failures()
+
+
+def write_scores(
+    model: LanguageModel,
+    paths: Sequence[Path | str],
+    out: Path | str | None = None,
+    form: str = "tsv",
+    regions: Path | str | None = None,
+    context: int = REGION_CONTEXT,
+    both_strands: bool = False,
+    unit: str = "nats",
+    model_name: str = "",
+    said: Said | None = None,
+) -> None:
+    """Write a value a base as "tsv", "bedgraph" or "bigwig" to a file (None: stdout; not for bigWig).
+
+    The file is there when it is whole. A FASTA that cannot be read does not keep the others from being done.
+
+    Raises InputError at the end, naming the files that could not be read; UsageError where bigWig cannot be written.
+    """
+    if form == "bigwig":
+        check_bigwig()
+    scale = UNITS[unit]
+    with SequenceStore.from_files(paths, model.tokenizer) as store:
+        spans = _some_spans(store, regions, context, apart=False)
+        if form == "bigwig":
+            assert out is not None
+            with whole_file(out) as partial, BigWigTrack(partial, store.records) as track:
+                write_track(model, store, spans, track, both_strands, scale, said)
+        else:
+            how = "natural log" if unit == "nats" else "log2"
+            strands = "mean of both strands" if both_strands else "plus strand"
+            description = f"log-likelihood of each base, {how}, {strands}, model {model_name}"
+            with byte_output(out) as stream:
+                as_tsv = form == "tsv"
+                rows = TsvTrack(stream, f"log_likelihood_{unit}") if as_tsv else BedGraphTrack(stream, description)
+                write_track(model, store, spans, rows, both_strands, scale, said)
+        store.raise_failures()
+
+
+def write_summaries(
+    model: LanguageModel,
+    paths: Sequence[Path | str],
+    out: Path | str | None = None,
+    regions: Path | str | None = None,
+    context: int = REGION_CONTEXT,
+    both_strands: bool = False,
+    unit: str = "nats",
+    as_json: bool = False,
+    said: Said | None = None,
+) -> None:
+    """Write a row a record or region as TSV or JSON lines; errors as `write_scores`."""
+    scale = UNITS[unit]
+    with SequenceStore.from_files(paths, model.tokenizer) as store:
+        spans = _some_spans(store, regions, context, apart=True)
+        with byte_output(out) as stream:
+            if not as_json:
+                stream.write(("\t".join(COLUMNS) + "\n").encode())
+            for row in summarise(model, store, spans, both_strands, said):
+                sums = [None if value is None else value * scale for value in (row.total, row.mean)]
+                name = row.name or row.record
+                values = [row.record, row.start, row.end, name, row.scored, *sums, row.perplexity]
+                if as_json:
+                    line = json.dumps({"file": row.path, **dict(zip(COLUMNS, values, strict=True))})
+                else:
+                    line = "\t".join(
+                        "NA" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values
+                    )
+                stream.write(line.encode() + b"\n")
+        store.raise_failures()
+
+
+def _some_spans(store: SequenceStore, regions: Path | str | None, context: int, apart: bool) -> list[Span]:
+    """`spans_of`; InputError where no file could be read."""
+    if not store.records:
+        store.raise_failures()
+    return spans_of(store, regions, context, apart)

@@ -10,7 +10,11 @@ From Python:
 What the ratio is, and how it is computed: mambagen.pipelines.variant_likelihoods.
 """
 
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +24,8 @@ from numpy.typing import NDArray
 from mambagen.data.dna_tokens import N
 from mambagen.data.sequence_store import SequenceStore, StoredRecord
 from mambagen.data.vcf import Vcf, VcfLine, is_bases
+from mambagen.data.whole_file import byte_output
+from mambagen.errors import InputError
 from mambagen.pipelines.likelihood import LanguageModel
 from mambagen.pipelines.variant_likelihoods import AFTER, CONTEXT, Site, VariantScorer, plain
 
@@ -28,7 +34,7 @@ OWN = (LLR, FORWARD, REVERSE, SKIPPED)
 LINES_AT_ONCE = 1 << 15
 CHARACTERS_AT_ONCE = 1 << 26  # of lines that are held; a line may carry thousands of genotypes
 
-Said = Callable[[int], None]
+Said = Callable[[int, int], None]  # told how many lines are done, and of how many
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def score_lines(job: VariantJob, scorer: VariantScorer, said: Said | None = None
             yield from scored()
             done += len(held)
             if said:
-                said(done)
+                said(done, job.lines)
             held, size = [], 0
     yield from scored()
 
@@ -183,6 +189,36 @@ def header_lines(job: VariantJob, scorer: VariantScorer, model_name: str) -> lis
             ),
         }
     )
+
+
+def write_scored_vcf(
+    vcf: Path | str,
+    fasta: Sequence[Path | str],
+    scorer: VariantScorer,
+    out: Path | str | None = None,
+    model_name: str = "",
+    said: Said | None = None,
+) -> None:
+    """Write a VCF (``-``: from stdin) with the scores among its INFO, to a file that is whole or not there, or stdout.
+
+    Errors as `VariantJob.open`: all lines are checked before the first is scored.
+    """
+    with ExitStack() as stack:
+        path = Path(vcf)
+        if str(vcf) == "-":  # it is read three times
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stdin"
+            with open(path, "wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+        try:
+            job = VariantJob.open(path, fasta, scorer.model)
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), "stdin") if str(vcf) == "-" else str(error)) from None
+        stack.callback(job.store.close)
+        stream = stack.enter_context(byte_output(out))
+        for text in header_lines(job, scorer, model_name):
+            stream.write(text.encode("utf-8", errors="surrogateescape") + b"\n")
+        for line in score_lines(job, scorer, said):
+            stream.write(line.text.encode("utf-8", errors="surrogateescape") + b"\n")
 
 
 def score_variants(
