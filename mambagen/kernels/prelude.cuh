@@ -94,7 +94,12 @@ __device__ __forceinline__ void barrier_arrive(u64* bar) {
 __device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
   u32 done;
   do {
+#if __CUDA_ARCH__ >= 900
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+#else  // Ampere and Ada ask again and again
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+#endif
   } while (!done);
 }
