@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compile for every generation of chips that they are said to run on; no GPU is needed for that."""
+"""The CUDA C++ kernels compile for every generation of chips that they are said to run on; that needs no GPU."""
 
 from pathlib import Path
 
