@@ -27,6 +27,7 @@ from mambagen.models.saving import save_model
 from mambagen.pipelines import generate_audio
 from mambagen.pipelines.audio_output import file_name, write_audio_page
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig, MadeClip, stream_seed
+from tests.forks import fork
 
 RATE = 16_000
 SHORT = 600 / RATE  # seconds
@@ -357,24 +358,31 @@ def test_a_full_disk_leaves_no_half_file(command: Command, tmp_path: Path) -> No
     assert list((tmp_path / "clips").iterdir()) == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-@pytest.mark.parametrize("sink", ["full", "closed"])
-def test_a_stream_whose_reader_is_gone_ends_quietly(folder: Path, sink: str) -> None:
-    program = [sys.executable, "-m", "mambagen.cli", "generate-audio", str(folder), "--seconds", "0.05", "--no-guard"]
-    program += ["--device", "cpu", "--out", "-"]
-    if sink == "full":
-        with open("/dev/full", "wb") as full:
-            run = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, check=False)
-        assert run.returncode == 5
-        assert b"No space left" in run.stderr
-        assert run.stderr.count(b"\n") == 1
-        return
+def generate_into(folder: Path, sink: str, stderr: Path) -> None:
+    """In a process of its own: a stream to a full disk, or to a pipe that nobody reads any more."""
     read, write = os.pipe()
+    if sink == "full":
+        write = os.open("/dev/full", os.O_WRONLY)
     os.close(read)
-    run = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, check=False)
-    os.close(write)
-    assert run.returncode == 141
-    assert run.stderr == b""
+    os.dup2(write, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (the process ends with it)
+    sys.stderr = open(stderr, "w", buffering=1)  # noqa: SIM115
+    options = ["--seconds", "0.05", "--no-guard", "--device", "cpu", "--out", "-"]
+    os._exit(cli.run(["generate-audio", str(folder), *options]))  # multiprocessing would flush stdout once more
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize(("sink", "code", "said"), [("full", 5, "No space left on device"), ("closed", 141, "")])
+def test_a_stream_that_cannot_be_written_ends_in_a_line_or_quietly(
+    folder: Path, tmp_path: Path, sink: str, code: int, said: str
+) -> None:
+    process = fork(generate_into, folder, sink, tmp_path / "stderr")
+    process.start()
+    process.join(300)
+    assert process.exitcode == code
+    text = (tmp_path / "stderr").read_text()
+    assert said in text
+    assert text.count("\n") == bool(said)
 
 
 @pytest.fixture(scope="module")
