@@ -266,6 +266,7 @@ def regression(
     valid: NDArray[np.float32],
     valid_labels: NDArray[np.int64],
     test: NDArray[np.float32],
+    strengths: Sequence[float] = STRENGTHS,
 ) -> NDArray[np.int64]:
     """What a logistic regression on standardised features says of `test`; its strength is chosen on validation."""
     import warnings
@@ -277,7 +278,7 @@ def regression(
     scale = StandardScaler()
     scaled = scale.fit_transform(features)
     best: tuple[float, Any] | None = None
-    for strength in STRENGTHS:
+    for strength in strengths:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             fitted = LogisticRegression(C=strength, max_iter=300).fit(scaled, labels)
