@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval-sc09": ("mambagen.commands.eval_sc09:eval_sc09", "Judge generated spoken digits: FID, IS, mIS, AM."),
     "sc09-stats": ("mambagen.commands.sc09_stats:sc09_stats", "Make statistics of real spoken digits for eval-sc09."),
     "embed": ("mambagen.commands.embed:embed", "Write the vectors that a model gives records or regions."),
+    "generate-dna": ("mambagen.commands.generate_dna:generate_dna", "Make DNA with a trained model, as FASTA."),
     "score-variants": (
         "mambagen.commands.score_variants:score_variants",
         "Score the variants of a VCF by their log-likelihood ratios.",
