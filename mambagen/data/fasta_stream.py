@@ -1,7 +1,8 @@
-"""Records of a FASTA file in pieces, so that a chromosome passes through in the memory of a block.
+"""DNA records out of FASTA, GenBank and 2bit files in pieces: a chromosome passes through in the memory of a block.
 
-The same checks and messages as `mambagen.data.fasta.read_records`, which holds a record at a time. The records of
-GenBank and 2bit files come as one piece each.
+Plain, gzip or bgzip, any line ends, from a path or from stdin. A file is checked as it is read: what is no DNA sequence
+is refused with its file, line and record. Blanks at the end of a line are dropped, and every IUPAC nucleotide code is
+let through. The records of GenBank and 2bit files come as one piece each.
 """
 
 import itertools
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mambagen.data import fasta
 from mambagen.data.byte_blocks import BLOCK, shown, text_blocks
+from mambagen.data.genbank import genbank_records
+from mambagen.data.growing_sequence import GrowingSequence, shortened
 from mambagen.data.record import Record
 from mambagen.data.two_bit import is_two_bit, two_bit_records
 from mambagen.errors import InputError
@@ -31,13 +33,15 @@ class Piece:
     line: int  # of the record's header, from 1
     letters: NDArray[np.uint8]  # (length,) bytes, in their case
     last: bool
+    description: str = ""  # the header's text after the id
 
 
 def stream_pieces(path: str | Path, block_size: int = BLOCK) -> Iterator[Piece]:
-    """The records of a FASTA or GenBank file in pieces of at most about ``block_size`` letters; ``-`` reads stdin.
+    """The records of a FASTA, GenBank or 2bit file in pieces of about ``block_size`` letters; ``-`` reads stdin.
 
-    Empty records come too, with a warning. Raises InputError as `read_records` does, also where it finds the fault
-    after pieces of the same record were given.
+    The format is told by the content. Empty records come too, with a warning. Raises InputError, naming file, line and
+    record, where the file is not such a file, a record is not DNA or has no name, two records share a name, or none
+    holds a sequence; the fault may be found after pieces of the same record were given.
     """
     lines_of: dict[str, int] = {}
     bases = length = 0
@@ -79,19 +83,19 @@ def _pieces(path: str | Path, block_size: int) -> Iterator[Piece]:
     if start.startswith(b">"):
         yield from _fasta_pieces(name, line, text)
     elif start.startswith(b"LOCUS"):
-        yield from map(_whole, fasta._genbank_records(name, text))
+        yield from map(_whole, genbank_records(name, text))
     else:
-        raise InputError.at(name, line if start else None, fasta._why_neither(start))
+        raise InputError.at(name, line if start else None, _why_neither(start))
 
 
 def _whole(record: Record) -> Piece:
-    return Piece(record.id, record.path, record.line, record.sequence, True)
+    return Piece(record.id, record.path, record.line, record.sequence, True, record.description)
 
 
 def _fasta_pieces(name: str, line: int, blocks: Iterator[bytes]) -> Iterator[Piece]:
     """Parse FASTA that begins with ``>`` at ``line``."""
     header: list[bytes] | None = []  # pieces of the header line being read; None while reading sequence
-    current: fasta._Sequence | None = None
+    current: GrowingSequence | None = None
     line_start = True  # is the next byte the first of its line?
     for block in blocks:
         at = 0
@@ -101,13 +105,13 @@ def _fasta_pieces(name: str, line: int, blocks: Iterator[bytes]) -> Iterator[Pie
                 header.append(block[at:] if end < 0 else block[at:end])
                 if end < 0:
                     break
-                current = fasta._begin(name, line, b"".join(header))
+                current = _begin(name, line, b"".join(header))
                 header, line_start = None, True
                 line += 1
                 at = end + 1
             else:
                 assert current is not None
-                end = fasta._next_header(block, at, line_start)
+                end = _next_header(block, at, line_start)
                 if end > at:
                     line += current.add(block[at:end], line)
                     line_start = block[end - 1] == ord("\n")
@@ -118,16 +122,49 @@ def _fasta_pieces(name: str, line: int, blocks: Iterator[bytes]) -> Iterator[Pie
                     yield _taken(current, last=False)
                 at = end
     if header is not None:
-        current = fasta._begin(name, line, b"".join(header))
+        current = _begin(name, line, b"".join(header))
     assert current is not None
     yield _taken(current, last=True)
 
 
-def _taken(sequence: fasta._Sequence, last: bool) -> Piece:
+def _taken(sequence: GrowingSequence, last: bool) -> Piece:
     """What has gathered in ``sequence``, which is then empty; at the end it is judged as a whole."""
     if last:
-        letters = sequence.record().sequence
-    else:
-        letters = np.frombuffer(b"".join(sequence.pieces), dtype=np.uint8)
-    sequence.pieces.clear()
-    return Piece(sequence.id, sequence.path, sequence.line, letters, last)
+        sequence.check_as_a_whole()
+    return Piece(sequence.id, sequence.path, sequence.line, sequence.take(), last, sequence.description)
+
+
+def _next_header(block: bytes, at: int, line_start: bool) -> int:
+    """Where the next line that begins with > starts, or the block's end."""
+    found = block.find(b">", at)
+    while found >= 0:
+        if line_start if found == at else block[found - 1] == ord("\n"):
+            return found
+        found = block.find(b">", found + 1)
+    return len(block)
+
+
+def _begin(name: str, line: int, header: bytes) -> GrowingSequence:
+    if b"\0" in header:
+        raise InputError.at(name, line, "a NUL byte in the header; is the file damaged or not text?")
+    try:
+        text = header[1:].decode("utf-8")
+    except UnicodeDecodeError:  # an older encoding: as Latin-1 no two names become one, as they would with U+FFFD
+        text = header[1:].decode("latin-1")
+    words = text.split(None, 1)
+    if not words or header[1:2].isspace():
+        raise InputError.at(name, line, "a record without a name; write '>NAME'")
+    return GrowingSequence(name, line, words[0], words[1].strip() if len(words) > 1 else "")
+
+
+def _why_neither(start: bytes) -> str:
+    first_line = start.split(b"\n", 1)[0]
+    if not first_line:
+        return "the file holds nothing but blanks; give a FASTA or GenBank file"
+    if start.startswith(b"@"):
+        return "this looks like FASTQ ('@' where a FASTA record has '>'); turn it into FASTA first (seqtk seq -a)"
+    if start.startswith(b"ID   "):
+        return "this looks like EMBL format; turn it into FASTA or GenBank first"
+    if start[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "this is a web page or XML, not a FASTA file; was the download an error page?"
+    return f"no header: a FASTA record begins with a line '>NAME', this file with {shortened(first_line)}"

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mambagen.data.dna_tokens import DnaTokenizer
-from mambagen.data.fasta import read_records
+from mambagen.data.fasta_stream import stream_pieces
 from mambagen.errors import InputError, ResourceError
 
 log = logging.getLogger("mambagen")
@@ -29,7 +29,6 @@ log = logging.getLogger("mambagen")
 FORMAT = 1
 SIGNATURE = b"MAMBAGEN GENOME\n"
 HEADER = 64  # bytes before the tokens
-_BLOCK = 1 << 24
 
 Progress = Callable[[str], None]
 
@@ -132,19 +131,15 @@ def _write(source: str | Path, tokenizer: DnaTokenizer, path: Path) -> None:
     offset = HEADER
     with open(path, "wb") as file:
         file.write(SIGNATURE.ljust(HEADER, b"\0"))
-        for record in read_records(source, keep_empty=True):
-            for at in range(0, len(record), _BLOCK):
-                file.write(tokenizer.encode(record.sequence[at : at + _BLOCK]))
-            index.append(
-                {
-                    "id": record.id,
-                    "description": record.description,
-                    "line": record.line,
-                    "offset": offset,
-                    "length": len(record),
-                }
-            )
-            offset += len(record)
+        length = 0
+        for piece in stream_pieces(source):
+            file.write(tokenizer.encode(piece.letters).data)
+            length += len(piece.letters)
+            if piece.last:
+                row = {"id": piece.id, "description": piece.description, "line": piece.line}
+                index.append(row | {"offset": offset, "length": length})
+                offset += length
+                length = 0
         text = json.dumps({"format": FORMAT, "records": index}, ensure_ascii=False).encode()
         file.write(text + len(text).to_bytes(8, "little") + SIGNATURE)
         file.flush()
