@@ -286,5 +286,6 @@ def kmer_baseline(
 
 def _baseline_figures(model: Any, features: NDArray[np.float32], data: Labelled, classes: Sequence[str]) -> Figures:
     chances = np.full((len(data), len(classes)), -np.inf)
-    chances[:, model.classes_] = model.predict_log_proba(features)
+    with np.errstate(divide="ignore"):  # it may be sure; the log of 0 is cut off below
+        chances[:, model.classes_] = model.predict_log_proba(features)
     return figures_of(np.maximum(chances, -50), data.indices(classes))
