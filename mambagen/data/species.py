@@ -91,25 +91,31 @@ def species_column(bed: Path | str) -> dict[str, str]:
     """Record -> species, by the fifth column of a splits BED; empty where it has four columns.
 
     Raises:
-        InputError: names the line where a record changes its species, or a row has none while others do.
+        InputError: names the line where a record changes its species, or a row has none while others do; or the file
+            cannot be read.
     """
     found: dict[str, str] = {}
     lines: dict[str, int] = {}
     without: int | None = None
-    with open(bed, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            fields = line.split()
-            if len(fields) < 4 or fields[0].startswith("#") or fields[0] in ("track", "browser"):
-                continue
-            if len(fields) == 4:
-                without = without or number
-                continue
-            record, species = fields[0], fields[4]
-            if found.setdefault(record, species) != species:
-                raise InputError.at(
-                    bed, number, f"record '{record}' is {species} here and {found[record]} in line {lines[record]}"
-                )
-            lines.setdefault(record, number)
+    try:
+        text = Path(bed).read_text("utf-8")
+    except OSError as error:
+        raise InputError.at(bed, None, f"the splits cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError.at(bed, None, "the splits are no text; give a plain BED file") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        fields = line.split()
+        if len(fields) < 4 or fields[0].startswith("#") or fields[0] in ("track", "browser"):
+            continue
+        if len(fields) == 4:
+            without = without or number
+            continue
+        record, species = fields[0], fields[4]
+        if found.setdefault(record, species) != species:
+            raise InputError.at(
+                bed, number, f"record '{record}' is {species} here and {found[record]} in line {lines[record]}"
+            )
+        lines.setdefault(record, number)
     if found and without:
         raise InputError.at(bed, without, "no species in this row (the fifth column), while other rows name one")
     return found

@@ -43,10 +43,13 @@ class SpeciesSource:
         if not self.data:
             return self._only(self._simulated(tokenizer))
         by_file = self.files()
+        known = set(by_file.values())
         column = species_column(self.splits) if self.splits else {}
         wanted = set(self.species)
         if wanted and (not column or wanted <= set(by_file.values())):  # no need to read the others
             by_file = {path: name for path, name in by_file.items() if name in wanted}
+        if not column and (missing := wanted - set(by_file.values())):
+            raise UsageError(f"no species '{min(missing)}' among the data; there are {', '.join(sorted(known))}")
         if not by_file:
             raise UsageError(f"none of the species {', '.join(sorted(wanted))} is among the data")
         genome = open_genome(list(by_file), tokenizer)
@@ -80,7 +83,10 @@ class SpeciesSource:
         if not self.splits and (self.valid_records or self.test_records):
             return []
         named = [given for given in self.data if not os.path.isdir(given)]
-        return split_rows(named, genome, self.splits)
+        rows = split_rows(named, genome, self.splits)
+        if self.splits and not rows:
+            raise InputError.at(self.splits, None, "no row in it; a row is record, start, end, train|valid|test")
+        return rows
 
     def title(self) -> str:
         """For cards and reports."""

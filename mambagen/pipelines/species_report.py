@@ -112,7 +112,8 @@ def _baseline_row(baseline: Baseline) -> list[object]:
     at, (low, high) = baseline.accuracy, baseline.chance
     remark = ""
     if "shuffled" in baseline.name:
-        remark = "inside of guessing, as it must be" if low <= at.accuracy <= high else "outside of guessing"
+        even = at.low <= 1 / at.species <= at.high
+        remark = "not told from guessing, as it must be" if even else "told from guessing"
     elif baseline.name in SHORTCUTS:
         remark = "tells species apart" if at.low > high else "tells nothing"
     interval = f"{at.low:.3f} to {at.high:.3f}"
