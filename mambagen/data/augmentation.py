@@ -68,6 +68,8 @@ class Augmentation(BaseModel):
 
     def _coloured(self, clip: Samples, random: np.random.Generator) -> Samples:
         """Through a random microphone, band and room, all in one product of spectra."""
+        if not (self.tilt_db or self.narrow or self.room):
+            return clip
         size = 2 * len(clip)  # so that a room's end does not come back at the beginning
         frequencies = np.fft.rfftfreq(size, 1 / self.rate)
         spectrum = np.fft.rfft(clip, size)

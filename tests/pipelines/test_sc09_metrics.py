@@ -186,8 +186,9 @@ def script_inception(p: np.ndarray) -> float:
 
 
 def script_pairs(count: int) -> np.ndarray:
-    np.random.seed(0)
-    return np.array([np.random.choice(np.arange(count), size=2, replace=True) for _ in range(10_000)])
+    np.random.seed(0)  # noqa: NPY002
+    draws = [np.random.choice(np.arange(count), size=2, replace=True) for _ in range(10_000)]  # noqa: NPY002
+    return np.array(draws)
 
 
 def script_modified_inception(p: np.ndarray) -> float:
