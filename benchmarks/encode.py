@@ -23,6 +23,7 @@ from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.fasta import read_records
 from mambagen.data.genome import Genome
 from mambagen.data.markov import MarkovModel
+from mambagen.data.prepared import prepare
 from mambagen.data.windows import WindowSampler
 
 
@@ -89,6 +90,19 @@ def main() -> None:
         sampler = WindowSampler(train, 1024, 1024, seed=0, reverse_complement=True)
         steps = iter(range(1000))
         row("batch of 1024 windows x 1024", 1024 * 1024 / 1e6, best(20, lambda: sampler.batch(next(steps))))
+        mapped = prepare(paths["plain"], tokenizer, Path(folder)).records
+        window = np.empty(1 << 20, dtype=np.uint8)
+        longest = max((record.tokens for record in mapped), key=len)
+        starts = np.random.default_rng(0).integers(0, max(1, len(longest) - len(window)), 100).tolist()
+
+        def read_windows() -> None:
+            for start in starts:
+                part = longest[start : start + len(window)]
+                window[: len(part)] = part
+
+        row(
+            "random windows of 2^20 bases", 100 * min(len(window), len(longest)) / 1e6, best(options.runs, read_windows)
+        )
         row("fit a Markov chain of order 8", train.bases / 1e6, best(1, lambda: MarkovModel(8).fit(train)))
 
     if options.json:

@@ -182,8 +182,19 @@ class FixedWindows:
     which the loss ignores; windows without any target are left out.
     """
 
-    def __init__(self, stretches: Stretches, context: int, batch_size: int = 16, at_most: int | None = None) -> None:
-        """``at_most`` windows, evenly spread over all of them, make a quicker and rougher figure."""
+    def __init__(
+        self,
+        stretches: Stretches,
+        context: int,
+        batch_size: int = 16,
+        at_most: int | None = None,
+        bases: int | None = None,
+        trim: bool = False,
+    ) -> None:
+        """``at_most`` windows, or those of about ``bases``, evenly spread over all, make a quicker and rougher figure.
+
+        ``trim`` leaves out the columns of a batch that are PAD in every row.
+        """
         if context < 1 or batch_size < 1:
             raise UsageError(f"context and batch size must be at least 1, not {context} and {batch_size}")
         self.stretches = stretches
@@ -191,6 +202,10 @@ class FixedWindows:
         self.batch_size = batch_size
         record, start, end, targets = _side_by_side(stretches, context)
         chosen = np.flatnonzero(targets)
+        if bases is not None:
+            held = int((end - start - 1)[chosen].sum())
+            at_most = max(1, len(chosen) * bases // max(1, held))
+        self.trim = trim
         if at_most is not None and len(chosen) > at_most:
             chosen = chosen[np.linspace(0, len(chosen) - 1, at_most).round().astype(np.int64)]
         self.record, self.start, self.end = record[chosen], start[chosen], end[chosen]
@@ -205,15 +220,23 @@ class FixedWindows:
         for row in range(0, len(self), self.batch_size):
             rows = slice(row, row + self.batch_size)
             record, start, end = self.record[rows], self.start[rows], self.end[rows]
-            window = _gather(self.stretches.records, record, start, self.context + 1, end)
+            length = int((end - start).max()) if self.trim else self.context + 1
+            window = _gather(self.stretches.records, record, start, length, end)
             minus = np.zeros(len(record), dtype=bool)
             inputs = window[:, :-1].copy()
             yield WindowBatch(inputs, tokenizer.targets(window[:, 1:]), record, start, minus, self.stretches.records)
 
 
-def fixed_windows(stretches: Stretches, context: int, batch_size: int = 16, at_most: int | None = None) -> FixedWindows:
+def fixed_windows(
+    stretches: Stretches,
+    context: int,
+    batch_size: int = 16,
+    at_most: int | None = None,
+    bases: int | None = None,
+    trim: bool = False,
+) -> FixedWindows:
     """All of the stretches in windows side by side, as an iterable of batches; see ``FixedWindows``."""
-    return FixedWindows(stretches, context, batch_size, at_most)
+    return FixedWindows(stretches, context, batch_size, at_most, bases, trim)
 
 
 def _gather(

@@ -139,4 +139,4 @@ def _each(windows: FixedWindows) -> Iterable[Any]:
 
 
 def _windows(valid: Stretches, context: int, rows: int, tokens: int) -> FixedWindows:
-    return fixed_windows(valid, context, rows, at_most=max(1, tokens // context))
+    return fixed_windows(valid, context, rows, bases=tokens, trim=True)

@@ -62,7 +62,7 @@ class MaskedDnaTask:
         at_once = max(rows_at_once or rows, UNGRADED_TOKENS // context)
 
         def held_out(tokens: int) -> MaskedWindows:
-            return MaskedWindows(fixed_windows(valid, context, at_once, max(1, tokens // context)), seed=0)
+            return MaskedWindows(fixed_windows(valid, context, at_once, bases=tokens), seed=0)
 
         quick = min(valid_tokens, QUICK_TOKENS, self.tokens_per_step * steps // QUICK_SHARE if steps else QUICK_TOKENS)
         self.held_out, self.held_out_quick = held_out(valid_tokens), held_out(quick)

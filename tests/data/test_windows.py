@@ -213,3 +213,26 @@ def test_n_is_kept_in_the_inputs_and_left_out_of_the_targets() -> None:
     (batch,) = fixed_windows(genome.whole(), 9)
     assert batch.inputs[0].tolist() == [7, 8, N, N, 9, 10, 7, 8, 9]
     assert batch.targets[0].tolist() == [8, IGNORED, IGNORED, 9, 10, 7, 8, 9, 10]
+
+
+def test_windows_of_about_so_many_bases_are_taken_where_stretches_are_shorter_than_the_context() -> None:
+    genome = a_genome(*(random_dna(100, seed) for seed in range(40)), random_dna(5000, 41))
+    all_of_it = fixed_windows(genome.whole(), 1000)
+    assert len(all_of_it) == 45
+    half = fixed_windows(genome.whole(), 1000, bases=4500)
+    assert len(half) == 22  # by bases alone 4 windows would do
+    assert fixed_windows(genome.whole(), 1000, bases=10**9).targets == all_of_it.targets
+    full = fixed_windows(a_genome(random_dna(10_001)).whole(), 1000, bases=3500)
+    assert (len(full), full.targets) == (3, 3000)
+
+
+def test_trimmed_batches_are_the_same_without_their_padding() -> None:
+    genome = a_genome(*(random_dna(n, n) for n in (90, 300, 120, 2300, 40)))
+    for plain, trimmed in zip(
+        fixed_windows(genome.whole(), 1000, 2), fixed_windows(genome.whole(), 1000, 2, trim=True), strict=True
+    ):
+        width = trimmed.inputs.shape[1]
+        assert np.array_equal(plain.inputs[:, :width], trimmed.inputs)
+        assert np.array_equal(plain.targets[:, :width], trimmed.targets)
+        assert (plain.targets[:, width:] < 0).all()
+        assert (trimmed.targets[:, -1] >= 0).any()
