@@ -192,6 +192,7 @@ def as_table(result: "PretrainAudioResult") -> str:
     lines += [
         "",
         f"checkpoint  {result.checkpoint}",
+        *([f"best        {result.best} (of the looks on the way)"] if result.best else []),
         f"report      {result.report}",
         f"listen      mambagen generate-audio {result.checkpoint}{word} --out heard",
         f"train on    mambagen pretrain-audio --resume {result.run} --minutes {max(10, round(result.seconds / 6))}",
@@ -208,6 +209,7 @@ def as_machine(result: "PretrainAudioResult") -> str:
         {
             "run": str(result.run),
             "checkpoint": str(result.checkpoint),
+            "best": None if result.best is None else str(result.best),
             "report": str(result.report),
             "parameters": result.parameters,
             "classes": list(result.classes),

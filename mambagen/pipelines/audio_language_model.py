@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from mambagen.data.audio_shards import AudioShards
 from mambagen.data.audio_windows import Augmentation, HeldOutWindows, TrainingWindows, classes_of
 from mambagen.data.quantise import SILENCE, Quantiser
 from mambagen.models.audio_unet import AudioUNet
-from mambagen.models.files import Writer
-from mambagen.models.saving import model_card, model_writers
+from mambagen.models.files import Writer, write_folder_atomically
+from mambagen.models.saving import CARD, model_card, model_writers
 from mambagen.pipelines.dna_language_model import QUICK_SHARE, ModelCard
 from mambagen.training.batches import Batch
 
@@ -46,8 +47,14 @@ class AudioTask:
         valid_samples: int = 1 << 22,
         rows_at_once: int | None = None,
         evaluated: Callable[[AudioUNet, bool], None] | None = None,
+        best: Path | None = None,
+        best_loss: float = math.inf,
     ) -> None:
-        """`evaluated(model, quick)` is called after each evaluation, outside of autocast."""
+        """`evaluated(model, quick)` is called after each evaluation, outside of autocast.
+
+        `best` is the folder of the model that did best in the looks on the way, written again when one is better than
+        `best_loss`, that of the looks before.
+        """
         self.quantiser, self.identity, self.card = quantiser, dict(identity), card
         train, valid = shards["train"], shards["valid"]
         classes: NDArray[np.int64] | None = None
@@ -73,6 +80,7 @@ class AudioTask:
         self.quick_tokens = self.held_out_quick.targets
         self.last_evaluation: dict[str, float] = {}
         self._evaluated = evaluated
+        self._best, self.best_loss = best, best_loss
 
     def batch(self, step: int) -> Batch:
         """The windows of a step, as bytes: the rest is made on the device."""
@@ -106,6 +114,9 @@ class AudioTask:
             loss = total.item() / windows.targets
             figures = {"loss": loss, "bits_per_byte": loss * BITS, "targets": windows.targets}
             self.last_evaluation = figures
+            if quick and self._best and loss < self.best_loss:
+                self.best_loss = loss
+                write_folder_atomically(self._best, self.model_files(model), unlisted=[CARD], replace=True)
         if self._evaluated:
             assert isinstance(model, AudioUNet)
             with torch.autocast(device.type, enabled=False):

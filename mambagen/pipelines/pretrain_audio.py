@@ -7,6 +7,7 @@ From Python:
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ PUBLISHED_ROWS = {
 }  # fmt: skip
 SAMPLES_A_STEP = 1 << 20  # for other lengths from here on
 DEFAULT_ROWS = 16
+BEST = "best"  # the folder of a run that holds the model that did best on the way: small data are learnt by heart
 
 _PAPER: dict[str, Any] = {"lr": 2e-3, "steps": 200_000, "warmup": 0.1, "weight_decay": 0.1, "clip": 0.1}
 # Settings that come below a configuration file and options. What is published stands in docs/audio.md, and what is not.
@@ -182,6 +184,7 @@ class PretrainAudioResult:
 
     run: Path
     checkpoint: Path
+    best: Path | None  # the model of the best look on the way, where there was one
     name: str
     parameters: int
     loss: float | None
@@ -376,6 +379,8 @@ def _train_and_report(
         config.valid_samples,
         max(1, rows[-1] // config.accumulate),
         samples.evaluated,
+        run.path / BEST,
+        min((row["valid_loss"] for row in looks), default=math.inf),
     )
     where = f"{device}" + (f" after step {checkpoint.position.step}" if checkpoint else "")
     progress.note(f"{name} ({parameters:,} parameters) on {where}; the run is in {run.path}")
@@ -398,6 +403,7 @@ def _train_and_report(
     return PretrainAudioResult(
         run=run.path,
         checkpoint=result.checkpoint,
+        best=run.path / BEST if (run.path / BEST).is_dir() else None,
         name=name,
         parameters=parameters,
         loss=result.held_out.get("loss"),

@@ -1,0 +1,337 @@
+"""Build the model `digits` that comes with the package: prepare the audio, train in parts, choose, measure, write.
+
+    python -m benchmarks.build_digits prepare --data speech_index.csv          # needs the audio; a minute on a CPU
+    python -m benchmarks.build_digits train --minutes 9 [--export DIR]         # again and again, until it says done
+    python -m benchmarks.build_digits finish [--judge digit-judge] [--export DIR]
+
+Everything lies in runs/digits (--work): `prepared/` may be carried to a machine that has not the audio. Training is in
+two phases, each a run of `pretrain-audio --recipe digits` with a clock of its own:
+
+  spoken   espeak-ng's digits in many voices, and other words by people, which have no class   (--spoken-minutes)
+  real     the digits of people, from the best weights of `spoken`                             (--real-minutes)
+
+`train` goes on where it stopped, trains for at most --minutes and saves; the learning rate follows the phase's own
+clock, not the parts. With --export the best model of the phase at hand, its report and its log (six files) are copied
+there; a checkpoint with its optimiser stays in runs/digits. On a new machine `train --from-export DIR/spoken` begins
+the phase `real` with the exported weights.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambagen.data.audio_shards import AudioShards, prepare_shards
+from mambagen.data.audio_sources import ClipSource, find_clips
+from mambagen.data.quantise import MuLaw
+from mambagen.data.spoken_words import DIGITS
+from mambagen.errors import InterruptedRun
+from mambagen.models import load_model
+from mambagen.models.builtin import WEIGHTS_HOME
+from mambagen.models.files import write_folder_atomically
+from mambagen.models.saving import CARD, model_card, model_writers
+from mambagen.pipelines.audio_language_model import BITS
+from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig
+from mambagen.pipelines.pretrain_audio import pretrain_audio, resume_pretrain_audio, with_recipe
+from mambagen.training.checkpoint import list_checkpoints
+from mambagen.training.progress import Progress
+from mambagen.training.run_folder import read_metrics
+
+WORK = Path("runs/digits")
+PHASES = ("spoken", "real")
+VOICES = 220  # of espeak-ng; each says the ten digits
+WORDS = 900  # clips of other words by people, in the first phase
+CARRIED = 60_000_000  # bytes that prepared/ may have, to travel
+ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
+TRIMMED = 10 ** (-45 / 20)  # quieter than this at a word's ends is cut off
+UNLIKE_SPEECH = ("whisper", "croak", "demonic", "robo", "zac", "announce", "klatt", "shelby", "storm", "travis")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parts = parser.add_subparsers(required=True)
+    first = parts.add_parser("prepare")
+    first.add_argument(
+        "--data", required=True, help="a table of clips: path, start_frame, n_frames, digit, label, split"
+    )
+    first.add_argument("--voices", type=int, default=VOICES)
+    first.set_defaults(run=prepare)
+    second = parts.add_parser("train")
+    second.add_argument("--minutes", type=float, default=9.0, help="of this part")
+    second.add_argument("--spoken-minutes", type=float, default=8.0)
+    second.add_argument("--real-minutes", type=float, default=10.0)
+    second.add_argument("--device", default="auto")
+    second.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the configuration, as JSON")
+    second.add_argument("--from-export", type=Path, help="begin the phase `real` with this model folder")
+    second.add_argument("--export", type=Path)
+    second.set_defaults(run=train)
+    third = parts.add_parser("finish")
+    third.add_argument("--judge", help="a digit classifier's folder or name, which tells what it hears")
+    third.add_argument("--clips", type=int, default=500, help="to be judged, all digits alike")
+    third.add_argument("--temperature", type=float, default=1.0)
+    third.add_argument("--top-p", type=float, default=1.0)
+    third.add_argument("--guidance", type=float, default=1.0)
+    third.add_argument("--device", default="auto")
+    third.add_argument("--out", type=Path, default=WEIGHTS_HOME / "digits")
+    third.add_argument("--export", type=Path)
+    third.set_defaults(run=finish)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+# ---- the audio
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Shards of both phases in prepared/, each held against the same clips of people."""
+    place = arguments.work / "prepared"
+    clips = find_clips([arguments.data])
+    people = [clip for clip in clips if clip.label in DIGITS]
+    held_out = [clip for clip in people if clip.split == "valid"]
+    words = [clip for clip in clips if clip.label not in DIGITS and clip.split == "train"]
+    step = max(1, len(words) // WORDS)
+    with tempfile.TemporaryDirectory() as scratch:
+        spoken = speak(Path(scratch), arguments.voices)
+        sets = {
+            "spoken": [*spoken, *words[::step][:WORDS], *held_out],
+            "real": [c for c in people if c.split != "test"],
+        }
+        for phase in PHASES:
+            shutil.rmtree(place / phase, ignore_errors=True)
+            shards, warnings = prepare_shards(sets[phase], place / phase, MuLaw(), source=f"digits, phase {phase}")
+            for line in warnings:
+                print(f"{phase}: {line}", file=sys.stderr)
+            counts = {split: (entry.clips, entry.samples) for split, entry in shards.index.splits.items()}
+            print(f"{phase}: {counts}")
+    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    print(f"{place}: {size:,} bytes" + (f", more than the {CARRIED:,} that travel" if size > CARRIED else ""))
+
+
+def speak(folder: Path, voices: int) -> list[ClipSource]:
+    """The digits by espeak-ng in many voices, as WAV files; none where it is not installed."""
+    program = shutil.which("espeak-ng")
+    if program is None:
+        print("espeak-ng is not installed: the first phase has other words only (Debian: apt-get install espeak-ng)")
+        return []
+    listed = subprocess.run([program, "--voices=variant"], capture_output=True, text=True, check=True).stdout
+    variants = [line.split("!v/")[1].split()[0] for line in listed.splitlines() if "!v/" in line]
+    variants = [name for name in variants if not any(part in name.lower() for part in UNLIKE_SPEECH)]
+    random = np.random.default_rng(0)
+    jobs: list[tuple[list[str], Path, str, str]] = []
+    for voice in range(voices):
+        name = f"{ACCENTS[voice % len(ACCENTS)]}+{variants[int(random.integers(len(variants)))]}"
+        speed, pitch = int(random.integers(110, 210)), int(random.integers(20, 85))
+        for digit in DIGITS:
+            file = folder / f"{voice:04d}-{digit}.wav"
+            order = [program, "-v", name, "-s", str(speed), "-p", str(pitch), "-w", str(file), digit]
+            jobs.append((order, file, digit, f"espeak-{voice:04d}"))
+
+    def work(job: tuple[list[str], Path, str, str]) -> ClipSource | None:
+        order, file, digit, speaker = job
+        if subprocess.run(order, capture_output=True, check=False).returncode or not file.exists():
+            return None
+        return ClipSource(file, file.name, label=digit, speaker=speaker, split="train") if trim(file) else None
+
+    with ThreadPoolExecutor(2) as workers:
+        return [clip for clip in workers.map(work, jobs) if clip is not None]
+
+
+def trim(file: Path) -> bool:
+    """Cut the silence at both ends, and give each clip the loudness of somebody at some distance; False if silent."""
+    import soundfile
+
+    samples, rate = soundfile.read(file, dtype="float32")
+    heard = np.flatnonzero(np.abs(samples) > TRIMMED)
+    if len(heard) < rate // 20:
+        return False
+    margin = round(0.03 * rate)
+    samples = samples[max(0, heard[0] - margin) : heard[-1] + margin]
+    random = np.random.default_rng(list(file.name.encode()))
+    level = 10 ** (random.uniform(-30, -15) / 20)
+    samples = samples * (level / np.sqrt(np.mean(samples**2)))
+    hiss = random.normal(0, level * 10 ** (-random.uniform(30, 50) / 20), len(samples))
+    soundfile.write(file, np.clip(samples + hiss, -1, 1), rate)
+    return True
+
+
+# ---- training in parts
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """At most --minutes of the phases, from where they stand; exits with 3 while something is left to do."""
+    settings = {key: json.loads(value) for key, value in (text.split("=", 1) for text in arguments.set)}
+
+    def over(number: int, frame: object) -> None:  # where the loop, which saves first, is not at work
+        raise InterruptedRun("the part is over")
+
+    signal.signal(signal.SIGTERM, over)
+    stop = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.daemon = True
+    stop.start()
+    budgets = {"spoken": arguments.spoken_minutes, "real": arguments.real_minutes}
+    for phase in PHASES:
+        if budgets[phase] <= 0 or (phase == "spoken" and arguments.from_export):
+            continue
+        run = arguments.work / phase
+        if (run / "done").exists():
+            continue
+        if run.exists() and not list_checkpoints(run / "checkpoints"):  # stopped before it had begun
+            shutil.rmtree(run)
+        data = str(arguments.work / "prepared" / phase)
+        given = {"data": (data,), "minutes": budgets[phase], "device": arguments.device, **settings}
+        try:
+            with Progress() as progress:
+                if (run / "config.toml").exists():
+                    result = resume_pretrain_audio(run, {"data": (data,), "device": arguments.device}, None, progress)
+                else:
+                    weights = arguments.from_export or arguments.work / "spoken" / "best"
+                    begin = {"start_from": str(weights)} if phase == "real" and weights.is_dir() else {}
+                    config = with_recipe(None, {"recipe": "digits", **begin, **given})
+                    result = pretrain_audio(config, run, progress)
+        except InterruptedRun as interrupted:
+            print(f"{phase}: {interrupted}; run the same again", flush=True)
+            export(arguments, phase)
+            sys.exit(3)
+        (run / "done").write_text("")
+        speed = result.samples_per_second
+        print(
+            f"{phase}: {result.steps:,} steps, {result.samples:,} samples, {speed:,.0f} samples/s, loss {result.loss}"
+        )
+        export(arguments, phase)
+    stop.cancel()
+    print("done: now python -m benchmarks.build_digits finish")
+
+
+def export(arguments: argparse.Namespace, phase: str) -> None:
+    """The best model of a phase and what was seen of it, a few files that fit through a small door."""
+    if arguments.export is None:
+        return
+    run, target = arguments.work / phase, arguments.export / phase
+    target.mkdir(parents=True, exist_ok=True)
+    for source in (run / "best", run):
+        for name in ("config.json", "model.safetensors", CARD, "manifest.json", "metrics.jsonl", "report.html"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+
+
+# ---- measuring and writing
+
+
+def finish(arguments: argparse.Namespace) -> None:
+    """The best model of the last phase, with a card of its figures, to the package."""
+    run = next(
+        (arguments.work / phase for phase in reversed(PHASES) if (arguments.work / phase / "best").is_dir()), None
+    )
+    if run is None:
+        sys.exit(f"{arguments.work}: holds no trained model; train first")
+    model, fields = load_model(run / "best")
+    looks = [row for row in read_metrics(run / "metrics.jsonl") if "valid_loss" in row]
+    shards = AudioShards(arguments.work / "prepared" / "real")
+    figures: dict[str, Any] = {"held-out clips": len(shards["valid"]), "looks": len(looks)}
+    figures |= held_out_figures(run / "best", shards, arguments.device)
+    if arguments.judge:
+        figures |= judged(arguments, run / "best")
+    print(json.dumps(figures, indent=1))
+    card = model_card(
+        model,
+        title="Spoken digits",
+        data=data_words(shards),
+        licence="The weights are offered under the licence of the package, as far as the recordings' licences above "
+        "allow (CC BY-SA 4.0 is among them: share alike).",
+        recipe=recipe_words(arguments.work),
+        quality=quality_words(figures, arguments),
+    )
+    files = model_writers(model, fields["quantiser"], card)
+    write_folder_atomically(arguments.out, files, unlisted=[CARD], replace=arguments.out.exists())
+    size = (arguments.out / "model.safetensors").stat().st_size
+    print(f"{arguments.out}: {size:,} bytes of weights")
+    if arguments.export:
+        shutil.copytree(arguments.out, arguments.export / "digits", dirs_exist_ok=True)
+
+
+def held_out_figures(folder: Path, shards: AudioShards, device: str) -> dict[str, float]:
+    """Nats a sample on the clips of people who were not trained on, each clip whole with its own class."""
+    voice = AudioVoice(folder, device)
+    clips, total, count = shards["valid"], 0.0, 0
+    for row in range(len(clips)):
+        tokens = clips.clip(row)
+        label = DIGITS.index(shards.labels[clips.label[row]])
+        total -= voice.log_likelihood(tokens[:0], tokens, label)
+        count += len(tokens)
+    return {"nats a sample": total / count, "bits a byte": total / count * BITS, "samples": count}
+
+
+def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """How many of the asked digits an independent classifier hears."""
+    from mambagen.pipelines.sc09_judge import DigitJudge
+
+    judge = DigitJudge(arguments.judge, arguments.device)
+    voice = AudioVoice(folder, arguments.device)
+    config = GenerateAudioConfig(
+        count=arguments.clips,
+        classes=DIGITS,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        guidance=arguments.guidance,
+    )
+    with Progress() as progress:
+        made = list(voice.clips(config, progress.state))
+    heard = judge.judge(np.stack([clip.samples.astype(np.float32) / 32768 for clip in made])).heard
+    right = np.array([judge.digits[int(h)] == clip.label for h, clip in zip(heard, made, strict=True)])
+    each = {digit: float(right[[clip.label == digit for clip in made]].mean()) for digit in DIGITS}
+    again = sum(clip.takes > 1 for clip in made)
+    return {"judged clips": len(made), "heard as asked": float(right.mean()), **each, "taken back by the guard": again}
+
+
+def data_words(shards: AudioShards) -> str:
+    seconds = {split: int(shards[split].length.sum()) / shards.quantiser.rate for split in shards.index.splits}
+    return (
+        f"{len(shards['train']):,} clips of the digits zero to nine by people ({seconds['train'] / 60:.0f} minutes): "
+        "the Free Spoken Digit Dataset (CC BY-SA 4.0, Z. Jackson and contributors; telephone band), a part of Speech "
+        "Commands (CC BY 4.0, P. Warden, Google), recordings by F. Chen (MIT). Before that, in the first phase, the "
+        "digits as spoken by espeak-ng, a synthesiser, in many of its voices, and other words of Speech Commands "
+        f"without their labels. Held out: {len(shards['valid']):,} clips of other speakers."
+    )
+
+
+def recipe_words(work: Path) -> str:
+    lines = ["`python -m benchmarks.build_digits`, two phases of `mambagen pretrain-audio --recipe digits`:"]
+    for phase in PHASES:
+        rows = [row for row in read_metrics(work / phase / "metrics.jsonl") if "tokens" in row]
+        if rows:
+            last = rows[-1]
+            lines.append(
+                f"{phase}: {last['step']:,} steps, {last['tokens']:,} samples in {last['seconds'] / 60:.1f} minutes;"
+            )
+    return " ".join(lines).rstrip(";") + ". The model is the best of the looks at held-out clips."
+
+
+def quality_words(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
+    text = (
+        f"{figures['nats a sample']:.4f} nats a sample ({figures['bits a byte']:.4f} bits a byte) over "
+        f"{figures['held-out clips']:,} clips of speakers who were not trained on, each with its own class."
+    )
+    if "heard as asked" in figures:
+        worst = min(DIGITS, key=lambda digit: figures[digit])
+        text += (
+            f" Of {figures['judged clips']:,} clips made at temperature {arguments.temperature:g}, top-p "
+            f"{arguments.top_p:g}, guidance {arguments.guidance:g}, the digit classifier {arguments.judge} hears the "
+            f"digit that was asked for in {figures['heard as asked']:.1%} (worst: {worst}, {figures[worst]:.0%}); the "
+            f"guard took {figures['taken back by the guard']} back."
+        )
+    return text
+
+
+if __name__ == "__main__":
+    main()
