@@ -31,7 +31,7 @@ from mambagen.models.cpu_linear import OneDnnLinear
 from mambagen.models.mamba_block import MambaBlock
 from mambagen.models.mamba_mixer import MambaState
 
-BACKENDS = ("auto", "cpu", "graph", "reference", "eager")
+BACKENDS = ("auto", "cuda", "graph", "cpu", "reference", "eager")
 READ_BY_STEPS = 16  # samples of a prompt up to which stepping costs less than a pass over the whole of it
 PREFILL_CHUNK = 1 << 15  # samples (of all streams) that are read at once: bounds the memory, not the length
 
@@ -61,9 +61,9 @@ class Stepper:
         Args:
             model: on the device where the stepper is to run.
             batch: how many streams.
-            backend: "auto", "eager" (`AudioUNet.step`, any mixer), or one of mambagen.kernels.unet_decode: "cpu",
-                "graph" or "reference".
-            precision: of the matrices in the backends "cpu" and "graph", "bfloat16" or "float32"; activations, sums
+            backend: "auto", "eager" (`AudioUNet.step`, any mixer), or one of mambagen.kernels.unet_decode: "cuda",
+                "graph", "cpu" or "reference".
+            precision: of the compiled backends' matrices, "bfloat16" or "float32" (not of "cuda"); activations, sums
                 and the state are float32.
 
         Raises:
@@ -79,7 +79,7 @@ class Stepper:
         if weights is None and backend not in ("auto", "eager"):
             raise UsageError(f"backend: {backend!r} runs models of Mamba layers only; this one is {_mixers(model)}")
         try:
-            self.backend = "eager" if weights is None else choose_backend(weights, backend)
+            self.backend = "eager" if weights is None else choose_backend(weights, backend, precision)
             if precision not in PRECISIONS:
                 raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
         except ValueError as error:

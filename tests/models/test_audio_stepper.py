@@ -239,7 +239,7 @@ def test_classes_of_a_model_without_them_are_refused():
     [
         ({"batch": 0}, "batch: 0"),
         ({"backend": "fpga"}, "backend: 'fpga' is not one of"),
-        ({"backend": "graph"}, "on cuda"),
+        ({"backend": "graph"}, "the weights are on cpu"),
         ({"precision": "int4"}, "precision: 'int4'"),
     ],
     ids=["batch", "backend", "device", "precision"],

@@ -9,9 +9,9 @@ Level 0 runs at every step, level 1 when `pool` frames of level 0 are full, and 
 level below left in a queue when its own last frame was full, so within a step the levels run one after another from
 the outermost inwards, and the logits are there before the deep levels begin.
 
-Backends: "cpu" (numba: one compiled loop over samples and layers), "graph" (CUDA graphs of plain torch operations, any
-GPU), "reference" (plain torch, any device and dtype). README.md says how the first is made. Nothing here knows of
-models: weights are plain tensors.
+Backends: "cuda" (one launch, a block a stream, NVIDIA compute capability 9.0 and newer), "graph" (CUDA graphs of plain
+torch operations, any GPU), "cpu" (numba: one compiled loop over samples and layers), "reference" (plain torch, any
+device and dtype). README.md says how they are made. Nothing here knows of models: weights are plain tensors.
 """
 
 import math
@@ -34,9 +34,10 @@ __all__ = [
     "UNetWeights",
     "choose_backend",
     "make_decoder",
+    "why_not",
 ]
 
-BACKENDS = ("auto", "cpu", "graph", "reference")
+BACKENDS = ("auto", "cuda", "graph", "cpu", "reference")
 PRECISIONS = ("bfloat16", "float32")
 
 
@@ -131,7 +132,8 @@ def make_decoder(weights: UNetWeights, batch: int = 1, backend: str = "auto", pr
         weights: float32, bfloat16 or float16 (the reference: any real dtype, and it computes in it).
         batch: how many streams.
         backend: one of `BACKENDS`; "auto" takes the fastest that can run here.
-        precision: of the matrices in the "cpu" and "graph" backends; activations, sums and state are float32.
+        precision: of the matrices in the "cpu" and "graph" backends ("cuda" has bfloat16 only); activations, sums and
+            state are float32.
 
     Raises:
         ValueError: an unknown name, or the backend cannot run this here.
@@ -140,7 +142,11 @@ def make_decoder(weights: UNetWeights, batch: int = 1, backend: str = "auto", pr
         raise ValueError(f"batch {batch} is less than 1")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    backend = choose_backend(weights, backend)
+    backend = choose_backend(weights, backend, precision)
+    if backend == "cuda":
+        from mambagen.kernels.unet_decode.cuda import CudaDecoder
+
+        return CudaDecoder(weights, batch)
     if backend == "cpu":
         from mambagen.kernels.unet_decode.cpu import CpuDecoder
 
@@ -154,15 +160,32 @@ def make_decoder(weights: UNetWeights, batch: int = 1, backend: str = "auto", pr
     return ReferenceDecoder(weights, batch)
 
 
-def choose_backend(weights: UNetWeights, backend: str = "auto") -> str:
+def choose_backend(weights: UNetWeights, backend: str = "auto", precision: str = "bfloat16") -> str:
     """The backend that runs; ValueError where the one that was asked for cannot."""
-    device, double = weights.embedding.device.type, weights.embedding.dtype == torch.float64
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return {"cpu": "cpu", "cuda": "graph"}.get(device, "reference") if not double else "reference"
-    needed = {"cpu": "cpu", "graph": "cuda"}.get(backend)
-    if needed and (device != needed or double):
-        what = "float64 weights" if double else f"weights on {device}"
-        raise ValueError(f"the backend {backend!r} cannot run {what}; it needs float32 or less on {needed}")
+        order = ("cuda", "graph") if weights.embedding.is_cuda else ("cpu",)
+        return next((name for name in order if why_not(name, weights, precision) is None), "reference")
+    reason = why_not(backend, weights, precision)
+    if reason:
+        raise ValueError(f"the backend {backend!r} cannot run this: {reason}")
     return backend
+
+
+def why_not(backend: str, weights: UNetWeights, precision: str = "bfloat16") -> str | None:
+    """Why a backend cannot run these weights here, or None."""
+    if backend == "reference":
+        return None
+    device, needed = weights.embedding.device.type, "cpu" if backend == "cpu" else "cuda"
+    if device != needed:
+        return f"the weights are on {device}"
+    if weights.embedding.dtype == torch.float64:
+        return "float64 runs on the reference only"
+    if backend == "cuda":
+        if precision != "bfloat16":
+            return "its matrices are in bfloat16"
+        from mambagen.kernels.unet_decode.cuda import unsupported
+
+        return unsupported(weights)
+    return None

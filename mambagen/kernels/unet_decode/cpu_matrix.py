@@ -170,13 +170,16 @@ def pack_panels(matrix: Tensor) -> Tensor:
 def pack_pairs(matrix: Tensor) -> Tensor:
     """(outputs, inputs) -> flat pairs, as float32 of the same bits."""
     quarters = pack_panels(matrix).view(-1, 2, 2, LANES)  # (rows, word of a row, half, lane)
-    low, high = quarters[:, :, 0].contiguous(), quarters[:, :, 1].contiguous()
-    lower_bits = low.bfloat16().view(torch.int16).long() & 0xFFFF
-    bits = high.view(torch.int32).long()
+    return pair_words(quarters[:, :, 0], quarters[:, :, 1]).flatten().view(torch.float32)
+
+
+def pair_words(low: Tensor, high: Tensor) -> Tensor:
+    """int32 words: the lower half is `low` in bfloat16, the whole word, as a float32, the nearest to `high`."""
+    lower_bits = low.float().bfloat16().view(torch.int16).long() & 0xFFFF
+    bits = high.float().contiguous().view(torch.int32).long()
     sign, size = bits & 0x8000_0000, bits & 0x7FFF_FFFF
-    upper_bits = (size - lower_bits + 0x8000 >> 16).clamp(min=LEAST >> 16)  # the nearest with the lower half below it
-    words = sign | upper_bits << 16 | lower_bits
-    return words.flatten().to(torch.int32).view(torch.float32)
+    upper_bits = (size - lower_bits + 0x8000 >> 16).clamp(min=LEAST >> 16)
+    return (sign | upper_bits << 16 | lower_bits).to(torch.int32)
 
 
 def unpack_pairs(words: Tensor, outputs: int, inputs: int) -> Tensor:

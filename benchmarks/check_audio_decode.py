@@ -1,0 +1,140 @@
+"""Holds the audio U-Net's decoders on this GPU to float64, then times the one-launch kernel; stops at the first fault.
+
+    python -m benchmarks.check_audio_decode            # every group, each in a process of its own with a time limit
+    python -m benchmarks.check_audio_decode small      # one group here
+
+Needs a GPU of compute capability 9.0 or newer. Waits in the kernel are given up after some seconds with a message.
+"""
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambagen.kernels.unet_decode import Sampling, UNetWeights
+from mambagen.kernels.unet_decode.cuda import CudaDecoder
+from mambagen.kernels.unet_decode.graph import GraphDecoder
+from mambagen.kernels.unet_decode.reference import ReferenceDecoder
+from mambagen.models.audio_stepper import unet_weights
+from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
+
+SECONDS = 150  # of a group
+WATCHDOG = 3000  # milliseconds
+SHAPES = {
+    "small": AudioUNetConfig(d_model=32, n_layer=2),
+    "three": AudioUNetConfig(d_model=32, n_layer=2, stages=3, pool=(2, 8)),
+    "published": AudioUNetConfig(),
+}
+
+
+def weights_of(config: AudioUNetConfig) -> UNetWeights:
+    """Fresh weights, everything moved off the ones and zeros that would hide its use."""
+    model = AudioUNet(config, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.02 + 0.1 * parameter.abs()))
+    found = unet_weights(model.cuda())
+    assert found is not None
+    return found
+
+
+def doubled(weights: UNetWeights) -> UNetWeights:
+    """The same in float64."""
+
+    def of(v: Any) -> Any:
+        if isinstance(v, Tensor):
+            return v.double()
+        if isinstance(v, tuple):
+            return type(v)(*map(of, v))
+        return [of(part) for part in v] if isinstance(v, list) else v
+
+    result = of(weights)
+    assert isinstance(result, UNetWeights)
+    return result
+
+
+def correct(name: str) -> None:
+    """Logits of given samples, from the beginning and from a state; bfloat16 matrices may be 3 % off."""
+    weights = weights_of(SHAPES[name])
+    for batch, streams in ((1, 1), (2, 2), (5, 1), (5, 2)):
+        tokens = torch.randint(0, 256, (batch, 70), generator=torch.Generator().manual_seed(0)).cuda()
+        expected = ReferenceDecoder(doubled(weights), batch).read(tokens)
+        decoders: dict[str, ReferenceDecoder | CudaDecoder] = {
+            f"cuda, {streams} a block": CudaDecoder(weights, batch, streams, watchdog=WATCHDOG),
+            "graph, bfloat16": GraphDecoder(weights, batch, "bfloat16"),
+            "graph, float32": GraphDecoder(weights, batch, "float32"),
+        }
+        for way, decoder in decoders.items():
+            logits = torch.cat([decoder.read(tokens[:, :21]), decoder.read(tokens[:, 21:])], 1).double()
+            error = ((logits - expected).abs().max() / expected.abs().max()).item()
+            allowed = 1e-4 if way.endswith("float32") else 0.03
+            print(f"{name}, batch {batch}, {way}: relative error {error:.2e}", flush=True)
+            if not error < allowed:
+                worst = (logits - expected).abs().amax((0, 2))
+                raise SystemExit(f"wrong; the first bad position is {int((worst > allowed).float().argmax())}")
+
+
+def draws(name: str) -> None:
+    """A stream's samples do not depend on the batch, on how a run is cut, nor on the run; guidance included."""
+    weights = weights_of(SHAPES[name])
+    for guidance in (None, 2.0):
+        seeds = torch.arange(6).cuda()
+        whole = CudaDecoder(weights, 6, watchdog=WATCHDOG).draw(500, Sampling(top_p=0.95), seeds, guidance)
+        part = CudaDecoder(weights, 2, watchdog=WATCHDOG)
+        cut = torch.cat([part.draw(n, Sampling(top_p=0.95), seeds[2:4], guidance) for n in (1, 399, 100)], 1)
+        same = torch.equal(cut, whole[2:4])
+        print(
+            f"{name}, guidance {guidance}: {len(whole.unique())} values drawn, the same in pieces: {same}", flush=True
+        )
+        if not same:
+            raise SystemExit("draws differ")
+
+
+def speed() -> None:
+    """Microseconds a sample of the published size, one launch of 4,000."""
+    weights = weights_of(SHAPES["published"])
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for batch in (1, 2, 16, 64, 128, processors, 2 * processors):
+        for streams in (1, 2):
+            decoder = CudaDecoder(weights, batch, streams, watchdog=WATCHDOG)
+            seeds = torch.arange(batch).cuda()
+            decoder.draw(64, Sampling(), seeds)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            decoder.draw(4000, Sampling(), seeds)
+            torch.cuda.synchronize()
+            us = (time.perf_counter() - start) / 4000 * 1e6
+            print(
+                f"{batch} streams, {streams} a block: {us:.1f} us a sample, {batch / us * 1e6:,.0f} samples/s",
+                flush=True,
+            )
+
+
+GROUPS = {
+    **{name: (lambda name=name: correct(name)) for name in SHAPES},  # type: ignore[misc]
+    "draws": lambda: draws("small"),
+    "speed": speed,
+}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        for name in sys.argv[1:]:
+            GROUPS[name]()
+        return
+    for name in GROUPS:
+        print(f"== {name}", flush=True)
+        try:
+            done = subprocess.run([sys.executable, "-m", "benchmarks.check_audio_decode", name], timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{name}: not done after {SECONDS} s") from None
+        if done.returncode:
+            raise SystemExit(f"{name}: failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The U-Net's CUDA decoder: in the emulator against the reference with the weights it has, and compiled by NVRTC."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from mambagen.kernels.nvrtc import compile_cubin
+from mambagen.kernels.unet_decode import LayerWeights, LevelWeights, Sampling, make_decoder
+from mambagen.kernels.unet_decode.cuda import Layout, pack_eights, source, unsupported_shape
+from tests.kernels.emulated_decoder import AVAILABLE
+from tests.kernels.emulated_unet import EmulatedUNetDecoder
+from tests.kernels.test_unet_decode import draw_tokens_for, draw_weights
+
+emulated = pytest.mark.skipif(not AVAILABLE, reason="needs a C++ compiler on x86-64 Linux")
+
+
+def unpacked(packed, outputs, inputs):
+    """The matrix that `pack_eights` stands for, as the kernel reads its words."""
+    words = packed.view(torch.int32).view(inputs // 8, -1, 4, 1)
+    halves = torch.cat([words << 16, words], -1).view(torch.float32)
+    return halves.flatten(2).transpose(0, 1).reshape(-1, inputs)[:outputs]
+
+
+def rounded(weights):
+    """Float64 weights with the matrices that the kernel has; the norms' weights are in them."""
+
+    def of(matrix):
+        return unpacked(pack_eights(matrix), *matrix.shape).double()
+
+    def layer(w):
+        mixed = of(w.x_proj)
+        return LayerWeights(
+            **{name: v.double() for name, v in w._asdict().items()}
+            | {"norm": torch.ones_like(w.norm).double(), "in_proj": of(w.in_proj * w.norm), "x_proj": mixed}
+            | {"out_proj": of(w.out_proj)}
+        )
+
+    levels = [
+        LevelWeights(
+            [layer(w) for w in level.down],
+            [layer(w) for w in level.up],
+            level.pool,
+            of(level.down_weight),
+            level.down_bias.double(),
+            of(level.up_weight),
+            level.up_bias.double(),
+        )
+        for level in weights.levels
+    ]
+    return weights._replace(
+        embedding=weights.embedding.double(),
+        levels=levels,
+        centre=[layer(w) for w in weights.centre],
+        norm_f=torch.ones_like(weights.norm_f).double(),
+        head=of(weights.head * weights.norm_f),
+        head_bias=weights.head_bias.double(),
+    )
+
+
+def test_eights_are_the_nearest_and_unpack():
+    torch.manual_seed(0)
+    matrix = torch.randn(40, 24)
+    assert pack_eights(matrix).shape == (3, 64 * 16)
+    stands = unpacked(pack_eights(matrix), 40, 24)
+    assert ((stands - matrix).abs() <= matrix.abs() * 2**-8).all()
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("name", "streams", "batch", "memory"),
+    [("two pools", 1, 1, 227), ("two pools", 2, 3, 227), ("wide", 1, 1, 100), ("three stages", 2, 2, 227)],
+    ids=["one stream", "two a block", "wide, a short ring", "three stages"],
+)
+def test_the_kernel_gives_the_reference(name, streams, batch, memory):
+    weights = draw_weights(name)
+    tokens = draw_tokens_for(batch, 21)
+    expected = make_decoder(rounded(weights), batch, "reference").read(tokens)
+
+    class Decoder(EmulatedUNetDecoder):
+        shared_bytes = memory << 10
+        seed = 5
+
+    decoder = Decoder(weights, batch, streams)
+    logits = torch.cat([decoder.read(tokens[:, :6]), decoder.read(tokens[:, 6:])], 1)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(decoder.logits.double(), expected[:, -1], rtol=1e-4, atol=5e-5)
+
+
+@emulated
+@pytest.mark.parametrize("guidance", [None, 2.0], ids=["unguided", "guided"])
+def test_tokens_are_those_of_the_reference(guidance):
+    weights, seeds = draw_weights(), torch.tensor([3, 1 << 40])
+    ours, theirs = EmulatedUNetDecoder(weights, 2), make_decoder(rounded(weights), 2, "reference")
+    made = []
+    for decoder in (ours, theirs):
+        decoder.condition(torch.linspace(-1, 1, 32).view(2, 16))
+        decoder.read(draw_tokens_for(2, 3))
+        made.append([decoder.draw(n, Sampling(0.8, top_p=0.9), seeds, guidance) for n in (2, 16)])
+    assert torch.equal(torch.cat(made[0], 1), torch.cat(made[1], 1))
+
+
+@emulated
+def test_a_state_goes_to_the_reference_and_back():
+    weights, tokens = draw_weights(), draw_tokens_for(2, 24)
+    ours, theirs = EmulatedUNetDecoder(weights, 2), make_decoder(rounded(weights), 2, "reference")
+    ours.read(tokens[:, :9])
+    theirs.load_state(ours.state())
+    expected = theirs.read(tokens[:, 9:])
+    torch.testing.assert_close(ours.read(tokens[:, 9:]).double(), expected, rtol=1e-4, atol=5e-5)
+    ours.load_state(make_decoder(weights, 2, "reference").state())
+    torch.testing.assert_close(ours.read(tokens)[:, 9:].double(), expected, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")
+def test_the_published_size_compiles_for_hopper():
+    layout = Layout((64, 128, 256), (4, 8, 16), (16, 16, 8), (8, 8, 0), (4, 4, 1), 256, 2, 227 << 10)
+    assert layout.slots >= 8
+    assert layout.launch_bytes <= 227 << 10
+    assert len(compile_cubin(source(), layout.defines(), "sm_90")) > 10_000
+
+
+def test_shapes_that_the_kernel_is_not_for_are_named():
+    assert unsupported_shape(draw_weights(), 227 << 10) is None
+    assert "16 states" in unsupported_shape(draw_weights("three pools"), 227 << 10)
+    assert "multiples of 16" in unsupported_shape(draw_weights("wider than a panel"), 227 << 10)
+    assert "shared memory" in unsupported_shape(draw_weights("wide"), 64 << 10)
