@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mambagen.data.generated_clips import GeneratedClips, read_generated
-from mambagen.data.spoken_words import DIGITS, RATE, SpokenWords, read_spoken_words
+from mambagen.data.spoken_words import DIGITS, RATE, SpokenWords
 from mambagen.data.whole_file import whole_file
 from mambagen.errors import InputError, UsageError
+from mambagen.pipelines.sc09_data import read_words
 from mambagen.pipelines.sc09_findings import find_faults
 from mambagen.pipelines.sc09_generation import Generator, Likelihood, Sampling
 from mambagen.pipelines.sc09_judge import DigitJudge, Judged
@@ -103,7 +104,7 @@ def read_real(config: EvalSc09Config, progress: Progress) -> SpokenWords | None:
     if config.data is None:
         return None
     progress.state("reading the real digits ...")
-    return read_spoken_words(config.data)
+    return read_words(config.data)
 
 
 def choose_reference(

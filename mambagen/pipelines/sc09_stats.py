@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mambagen.data.spoken_words import SpokenWords, read_spoken_words
+from mambagen.data.spoken_words import SpokenWords
 from mambagen.errors import InputError
 from mambagen.models.builtin import find_model
+from mambagen.pipelines.sc09_data import read_words
 from mambagen.pipelines.sc09_judge import BUILTIN, DigitJudge, Judged
 from mambagen.pipelines.sc09_metrics import score
 from mambagen.pipelines.sc09_reference import (
@@ -48,7 +49,7 @@ def sc09_stats(
     progress = progress or Progress()
     asked = DigitJudge(judge, device)
     progress.state("reading the clips ...")
-    words = read_spoken_words(data)
+    words = read_words(data)
     reference = make_reference(asked, words, name or Path(data).name, description, licence, progress.state)
     save_reference(reference, out)
     return reference

@@ -18,13 +18,14 @@ from pydantic import Field, ValidationError
 
 from mambagen.data.augmentation import Augmentation
 from mambagen.data.mel import LogMel, MelSettings
-from mambagen.data.spoken_words import DIGITS, SILENCE, SpokenWords, read_spoken_words
+from mambagen.data.spoken_words import DIGITS, SILENCE, SpokenWords
 from mambagen.errors import InputError, ModelError, UsageError
 from mambagen.models import load_model
 from mambagen.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from mambagen.models.files import first_fault
 from mambagen.models.saving import CARD
 from mambagen.pipelines.digit_classification import DigitTask, JudgeCard, judge_figures
+from mambagen.pipelines.sc09_data import lasting, read_words
 from mambagen.pipelines.sequence_classification import Figures
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
 from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
@@ -145,7 +146,7 @@ def read_data(config: TrainJudgeConfig, progress: Progress) -> JudgeData:
     """Read and divide the clips; InputError where a digit has none to train on or nothing is held out."""
     progress.state("reading the clips ...")
     set_threads(min(config.threads or torch.get_num_threads(), os.cpu_count() or 1))
-    clips = read_spoken_words(config.data)
+    clips = read_words(config.data)
     if set(clips.splits) == {"train"}:
         clips = clips.with_splits(held_out_speakers(clips, config.seed))
     train = clips.select(clips.where(split="train", labels=None if config.words else [*DIGITS, SILENCE]))
@@ -191,7 +192,7 @@ def with_steps(config: TrainJudgeConfig) -> TrainJudgeConfig:
 
 def to_keep(config: TrainJudgeConfig) -> TrainJudgeConfig:
     """The same for config.toml: the data by their absolute path, so that a run can go on from any folder."""
-    return config.model_copy(update={"data": os.path.abspath(config.data)})
+    return config.model_copy(update={"data": lasting(config.data)})
 
 
 def identity(config: TrainJudgeConfig, data: JudgeData) -> dict[str, Any]:
