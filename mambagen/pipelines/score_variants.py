@@ -114,7 +114,8 @@ class VariantJob:
             )
         there = self.store.read(record, line.start, end)
         given = self.store.tokenizer.encode(line.reference.upper().encode())
-        if ((there != given) & (there != N)).any():  # N stands for the other codes too, which a VCF may not write
+        # N stands for the other codes too, which a VCF may not write; and REF is often N where ALT is symbolic.
+        if ((there != given) & (there != N) & (given != N)).any():
             letters = self.store.tokenizer.decode(there)
             raise line.fault(
                 f"REF is '{_short(line.reference)}', but the sequence has '{_short(letters)}' at {record.id}:"
@@ -133,7 +134,7 @@ class VariantJob:
     def site(self, line: VcfLine) -> tuple[Site, NDArray[np.bool_]]:
         """The ALTs that can be scored, and which of the line's they are."""
         record, end = self._record(line), line.start + len(line.reference)
-        known = plain(self.store.read(record, line.start, end))
+        known = is_bases(line.reference) and plain(self.store.read(record, line.start, end))
         can = np.array([known and is_bases(alternate) for alternate in line.alternates], dtype=bool)
         chosen = [alternate for alternate, yes in zip(line.alternates, can, strict=True) if yes]
         tokens = tuple(self.store.tokenizer.encode(alternate.upper().encode()) for alternate in chosen)

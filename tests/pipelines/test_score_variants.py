@@ -151,6 +151,7 @@ def test_a_vcf_comes_back_with_scores_that_pysam_reads(genome: Path, folder: Pat
         + row(80, base[80], f"{base[80]}]c:90]", "DB;MAMBAGEN_LLR=7;MAMBAGEN_SKIPPED")
         + row(90, base[90], ".", "AF=1e-05")
         + row(232, "N", "A")
+        + row(240, "N", "<DEL>,A")
         + row(300, base[300], f"{a_base_other_than(base[300]).lower()}")
     )
     (genome.parent / "v.vcf").write_text(text.replace("\n", "\r\n"))
@@ -163,13 +164,13 @@ def test_a_vcf_comes_back_with_scores_that_pysam_reads(genome: Path, folder: Pat
             assert file.header.info[name].number == number
         assert "nats" in file.header.info["MAMBAGEN_LLR"].description
         records = list(file)
-    assert [r.pos for r in records] == [70, 72, 80, 90, 232, 300]
-    assert [("MAMBAGEN_SKIPPED" in r.info) for r in records] == [True, True, True, False, True, False]
-    assert ["MAMBAGEN_LLR" in r.info for r in records] == [True, False, False, False, False, True]
-    assert out.splitlines()[-6].split("\t")[7].startswith("AF=0.1,0.2,0.3;MAMBAGEN_LLR=")
-    assert out.splitlines()[-4].split("\t")[7] == "DB;MAMBAGEN_SKIPPED"
-    assert out.splitlines()[-3].split("\t")[7] == "AF=1e-05"
-    for record, allele in ((records[0], 0), (records[0], 2), (records[5], 0)):
+    assert [r.pos for r in records] == [70, 72, 80, 90, 232, 240, 300]
+    assert [("MAMBAGEN_SKIPPED" in r.info) for r in records] == [True, True, True, False, True, True, False]
+    assert ["MAMBAGEN_LLR" in r.info for r in records] == [True, False, False, False, False, False, True]
+    assert out.splitlines()[-7].split("\t")[7].startswith("AF=0.1,0.2,0.3;MAMBAGEN_LLR=")
+    assert out.splitlines()[-5].split("\t")[7] == "DB;MAMBAGEN_SKIPPED"
+    assert out.splitlines()[-4].split("\t")[7] == "AF=1e-05"
+    for record, allele in ((records[0], 0), (records[0], 2), (records[6], 0)):
         forward, reverse = expected(theirs, DNA, record.pos - 1, record.pos, record.alts[allele].upper(), 100, 40)
         assert record.info["MAMBAGEN_LLR_FWD"][allele] == pytest.approx(forward, abs=4e-4)
         assert record.info["MAMBAGEN_LLR_REV"][allele] == pytest.approx(reverse, abs=4e-4)
