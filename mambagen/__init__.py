@@ -5,21 +5,19 @@ model, tokenizer = mambagen.load("runs/my-run/model")
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-    from mambagen.data.dna_tokens import DnaTokenizer
-    from mambagen.models.mamba_lm import MambaLM
-
 __version__ = "0.1.0"
 
 
-def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[MambaLM, DnaTokenizer]:
-    """The model of a folder, or a built-in one by its name, in evaluation mode on `device`, and its tokenizer.
+def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
+    """The model of a folder, or a built-in one by its name, in evaluation mode on `device`, and its tokenizer (a
+    `mambagen.data.dna_tokens.DnaTokenizer`; of a model of sound its `mambagen.data.quantise.Quantiser`).
 
     Raises:
         ModelError: the folder is missing, damaged, or of a kind or version that this mambagen does not know.
@@ -34,6 +32,13 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[MambaL
 
     model, config = load_model(folder, device)
     where = find_model(folder) / CONFIG
+    if "quantiser" in config:
+        from mambagen.data.quantise import load_quantiser
+
+        try:
+            return model, load_quantiser(config["quantiser"])
+        except ValidationError as error:
+            raise ModelError(f"{where}: quantiser: {first_fault(error)}") from None
     try:
         tokenizer = DnaTokenizer.model_validate(config["tokenizer"])
     except ValidationError as error:

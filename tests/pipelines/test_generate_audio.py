@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 
+import mambagen
 from mambagen import cli
 from mambagen.data.quantise import SILENCE, MuLaw
 from mambagen.data.spoken_words import DIGITS
@@ -81,6 +82,12 @@ def test_a_clip_depends_on_its_number_and_the_seed_alone(voice: AudioVoice) -> N
     np.testing.assert_array_equal(made(voice, count=1, classes=("1",), seed=7)[0].tokens, three[0].tokens)
     assert not np.array_equal(made(voice, classes=("1",), seed=8)[0].tokens, three[0].tokens)
     assert len({stream_seed(s, i, c, a) for s in range(3) for i in range(3) for c in range(3) for a in range(3)}) == 81
+
+
+def test_a_model_of_sound_loads_with_its_quantiser(folder: Path) -> None:
+    model, quantiser = mambagen.load(folder)
+    assert isinstance(model, AudioUNet)
+    assert quantiser == MuLaw(classes=DIGITS)
 
 
 def test_classes_are_taken_in_turn_or_drawn_by_the_seed(voice: AudioVoice) -> None:
