@@ -142,7 +142,7 @@ class IntervalSampler(WindowSampler):
             raise InputError(
                 f"none of the {places.dropped} train intervals has room for a window of {self.context + 1} bases"
                 if places.dropped
-                else "the data set has no train intervals of these records to draw windows around; leave out --windows"
+                else "there are no train intervals of these records to draw windows around; say --windows stretches"
             )
         if places.dropped:
             log.warning(

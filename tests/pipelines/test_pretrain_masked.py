@@ -141,7 +141,7 @@ def test_weights_of_another_architecture_are_refused(pretrain: Pretrain) -> None
     code, _, err = pretrain("--from", weights)
     assert (code, "holds a model of kind masked-lm; what is needed here is mamba-lm" in err) == (4, True)
     code, _, err = pretrain(*MASKED, "--from", "nowhere")
-    assert (code, "no such folder" in err) == (4, True)
+    assert (code, "no such model folder" in err) == (4, True)
 
 
 def test_an_equivariant_run(pretrain: Pretrain) -> None:
