@@ -222,7 +222,7 @@ def as_table(result: "PretrainDnaResult") -> str:
     lines += [
         "",
         f"checkpoint  {result.checkpoint}",
-        f"loss plot   {result.run / 'loss.png'}",
+        f"report      {result.run / 'report.html'}",
         f"train on    mambagen pretrain-dna --resume {result.run} --minutes {longer(result)}",
         "your data   mambagen pretrain-dna --data GENOME.fa.gz --size 1.4m --minutes 60",
     ]

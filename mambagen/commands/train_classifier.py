@@ -146,6 +146,7 @@ def as_table(result: "TrainClassifierResult") -> str:
     if len(result.classes) <= SHOWN:
         lines += ["", *confusion(result.classes, result.test or result.valid)]
     lines += ["", verdict(result), "", f"model       {result.model}"]
+    lines += [f"report      {result.run / 'report.html'}"]
     lines += [f"use it      mambagen classify {result.model} SEQUENCES.fa"]
     return "\n".join(lines)
 

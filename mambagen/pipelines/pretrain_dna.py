@@ -30,6 +30,7 @@ from mambagen.pipelines.dna_language_model import DnaLanguageTask, ModelCard, fi
 from mambagen.pipelines.dna_masked_model import MaskedDnaTask, fit_masked_baselines
 from mambagen.pipelines.genomes import open_genome, split_rows
 from mambagen.pipelines.pretrain_dna_config import DEFAULT_ENCODER, ENCODER_LR, PretrainDnaConfig
+from mambagen.pipelines.run_reports import report_pretraining
 from mambagen.reports.loss_plot import draw_loss
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
 from mambagen.training.config import configure, overlaid, read_toml, validated
@@ -283,7 +284,7 @@ def _train_and_report(
         raise
     baselines = job.baselines.result()
     draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(config, baselines, uniform), title)
-    return PretrainDnaResult(
+    finished = PretrainDnaResult(
         run=run.path,
         checkpoint=result.checkpoint,
         name=name,
@@ -300,6 +301,9 @@ def _train_and_report(
         objective=config.objective,
         accuracy=result.held_out.get("accuracy"),
     )
+    lines, rows = _lines(config, baselines, uniform), read_metrics(run.metrics_file)
+    report_pretraining(finished, title, lines, rows, to_keep(config).model_dump())
+    return finished
 
 
 def choose_recompute(model: torch.nn.Module, recompute: str) -> None:

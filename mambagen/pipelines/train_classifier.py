@@ -23,6 +23,7 @@ from mambagen.models.encoders import count_parameters, match_parameters
 from mambagen.models.files import first_fault
 from mambagen.models.heads import ClassifierConfig, Pooling, SequenceClassifier, copy_encoder, encoder_of
 from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT
+from mambagen.pipelines.run_reports import report_classifier
 from mambagen.pipelines.sequence_classification import (
     ClassificationTask,
     ClassifierCard,
@@ -297,7 +298,7 @@ def _train_and_report(
         progress.state("fitting the k-mer baseline ...")
         fitted = kmer_baseline(data.train, data.valid, data.test or data.valid, data.classes)
         baseline = fitted[0], fitted[1] if data.test is not None else None
-    return TrainClassifierResult(
+    finished = TrainClassifierResult(
         run=run.path,
         model=best,
         name=name,
@@ -312,6 +313,8 @@ def _train_and_report(
         seconds=result.position.seconds,
         stopped_early=task.done and result.position.step != config.steps,
     )
+    report_classifier(finished, read_metrics(run.metrics_file), to_keep(config).model_dump())
+    return finished
 
 
 def _card(config: TrainClassifierConfig, data: Data, model: SequenceClassifier) -> ClassifierCard:

@@ -5,6 +5,7 @@ RUN/metrics.jsonl    one JSON object a line: a row a step, and a row an evaluati
 RUN/tensorboard/     the same for TensorBoard, where it is installed
 RUN/checkpoints/     see `checkpoint`
 RUN/loss.png         drawn at the end
+RUN/report.html      the same with figures, settings and how to repeat
 """
 
 import contextlib

@@ -123,6 +123,9 @@ def test_a_table_of_figures_for_people(run: Run, data: tuple[Path, Path, Path]) 
     card = Path("r/model/README.md").read_text()
     assert "encoder bert" in card
     assert "with, without" in card
+    report = Path("r/report.html").read_text("utf-8")
+    assert "Confusions" in report
+    assert "5-mer logistic regression" in report
 
 
 def test_a_run_that_goes_on_equals_one_left_alone(run: Run, data: tuple[Path, Path, Path], tmp_path: Path) -> None:
