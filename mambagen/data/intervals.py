@@ -6,6 +6,7 @@ longer than a row: nothing keeps such a window away from a validation or test ro
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -109,12 +110,14 @@ def interval_starts(
 
 def _room(start: int, end: int, whole: Span, held: list[Span]) -> tuple[int, int, int, int] | None:
     """The longest part of an interval that is not held out, and the free room that it lies in."""
-    own = subtract([(start, end)], held)
+    near = held[max(0, bisect_left(held, (start,)) - 1) : bisect_left(held, (end,))]
+    own = subtract([(start, end)], near)
     if not own:
         return None
     first, last = max(own, key=lambda span: span[1] - span[0])
-    low = max((b for _, b in held if b <= first), default=whole[0])
-    high = min((a for a, _ in held if a >= last), default=whole[1])
+    before = bisect_left(held, (last,))  # of the held-out spans, which are in order, those that end before the part
+    low = held[before - 1][1] if before else whole[0]
+    high = held[before][0] if before < len(held) else whole[1]
     return first, last, low, high
 
 
