@@ -1,6 +1,7 @@
 """Whole models on a GPU: train steps and forward passes in tokens a second, with peak memory.
 
     python -m benchmarks.train [--out train.json] [--figure linear.png] [--layers 12] [--d-model 256]
+    python -m benchmarks.train --audio [--out train.json]     # the audio U-Net of 6.26M, and SaShiMi
 
 A step is forward, cross entropy, backward and fused AdamW under bfloat16 autocast; "graph": forward and backward are
 recorded as a CUDA graph, as the training loop does where launching kernels is what takes the time. Where mamba_ssm is
@@ -20,6 +21,7 @@ from mambagen.models import MambaConfig, MambaLM
 from mambagen.training.cuda_graph import MAX_TOKENS, GraphedPass
 
 SHAPES = ((64, 1024), (1, 131072), (1, 1048576))
+AUDIO_SHAPES = ((16, 16000), (1, 131072), (1, 958464))
 VOCABULARY = 16
 
 
@@ -40,6 +42,13 @@ def official(layers: int, d_model: int) -> nn.Module | None:
         fused_add_norm=True, pad_vocab_size_multiple=8,
     )  # fmt: skip
     return MambaLMHeadModel(config, device="cuda")
+
+
+def audio(layers: str) -> nn.Module:
+    """The audio U-Net of the published size with these layers everywhere."""
+    from mambagen.models import AudioUNet, AudioUNetConfig
+
+    return AudioUNet(AudioUNetConfig.model_validate({"outer": layers, "centre": layers}), seed=0).cuda()
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -142,21 +151,25 @@ def main() -> None:
     parser.add_argument("--figure", help="draw time a token against length")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--d-model", type=int, default=256)
+    parser.add_argument("--audio", action="store_true", help="the audio U-Net instead")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.train: needs a GPU; see benchmarks.tokens for the CPU")
-    rows = []
-    for name, build in (("mambagen", ours), ("mamba_ssm", official)):
-        model = build(options.layers, options.d_model)
+    rows: list[dict[str, Any]] = []
+    language = [("mambagen", lambda: ours(options.layers, options.d_model))]
+    language.append(("mamba_ssm", lambda: official(options.layers, options.d_model)))  # type: ignore[arg-type, return-value]
+    sound = [("Mamba U-Net", lambda: audio("mamba")), ("SaShiMi", lambda: audio("s4+mlp"))]
+    for name, build in sound if options.audio else language:
+        model = build()
         if model is None:
             continue
-        for batch, length in SHAPES:
+        for batch, length in AUDIO_SHAPES if options.audio else SHAPES:
             rows.append(measure(name, model, batch, length))
             if batch * length <= MAX_TOKENS:
                 rows.append(measure(name, model, batch, length, graph=True))
         del model
         torch.cuda.empty_cache()
-    print_table(rows, f"{options.layers} layers, d_model {options.d_model}")
+    print_table(rows, "audio U-Nets" if options.audio else f"{options.layers} layers, d_model {options.d_model}")
     if options.figure:
         linear = linear_rows(options.layers, options.d_model)
         print_table(linear, "the same tokens in flight")
