@@ -86,6 +86,7 @@ def pretrain_dna(
     config = resolved(config)
     place = RunFolder.vacant(out, "pretrain-dna")  # said before the data are read, made after
     model = config.new_model()
+    choose_recompute(model, config.recompute)
     job = prepare(config, progress)
     run = RunFolder.create(place)
     with run.lock():
@@ -308,9 +309,11 @@ def _train_and_report(
 
 def choose_recompute(model: torch.nn.Module, recompute: str) -> None:
     """Let blocks compute activations again in the backward "always", "never", or "auto": as a GPU's memory asks."""
-    for module in model.modules():
-        if isinstance(module, MambaBlock):
-            module.keep = {"auto": "auto", "always": "input", "never": "all"}[recompute]
+    blocks = [module for module in model.modules() if isinstance(module, MambaBlock)]
+    if recompute == "always" and not blocks:
+        raise UsageError("--recompute always: only Mamba blocks compute again; save memory by a larger --accumulate")
+    for block in blocks:
+        block.keep = {"auto": "auto", "always": "input", "never": "all"}[recompute]
 
 
 def _background(work: Callable[[], T]) -> "Future[T]":

@@ -259,3 +259,6 @@ def test_a_run_that_recomputes_is_the_run_that_does_not(pretrain: Pretrain, tmp_
     for choice in ("never", "always"):
         assert pretrain("--recompute", choice, "--out", choice)[0] == 0
     assert figures(tmp_path / "always") == figures(tmp_path / "never")
+    code, _, err = pretrain("--recompute", "always", "--objective", "mlm", "--encoder", "bert", config=False)
+    assert code == 2
+    assert "--recompute always: only Mamba blocks" in err
