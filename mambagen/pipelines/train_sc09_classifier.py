@@ -267,7 +267,8 @@ def _train_and_report(
 
 
 def _card(config: TrainJudgeConfig, data: JudgeData) -> JudgeCard:
-    digits = len(data.train.where(labels=DIGITS))
+    rows = data.train.where(labels=DIGITS)
+    digits, speakers = len(rows), len({data.train.speakers[row] for row in rows.tolist()})
     recipe = (
         f"`mambagen train-sc09-classifier`: {config.batch} clips a step, AdamW with peak learning rate {config.lr:g}, "
         f"warmup {config.warmup:g} of the budget, cosine to zero, weight decay {config.weight_decay:g}, dropout "
@@ -278,7 +279,7 @@ def _card(config: TrainJudgeConfig, data: JudgeData) -> JudgeCard:
     where = Path(config.data).name
     return JudgeCard(
         f"Judge of spoken digits ({config.arch})",
-        f"{where}: {digits:,} clips of digits by {len(set(data.train.speakers)):,} speakers and "
+        f"{where}: {digits:,} clips of digits by {speakers:,} speakers and "
         f"{len(data.train) - digits:,} other clips to train on; {len(data.valid):,} digits of other speakers for "
         "validation. No speaker is in two parts.",
         config.licence,

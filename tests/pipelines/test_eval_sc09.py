@@ -17,12 +17,14 @@ from mambagen.data.quantise import MuLaw
 from mambagen.data.spoken_words import DIGITS, read_spoken_words
 from mambagen.models import load_model, save_model
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
+from mambagen.models.builtin import find_model
 from mambagen.pipelines.audio_language_model import audio_loss
 from mambagen.pipelines.sc09_findings import find_faults
 from mambagen.pipelines.sc09_generation import Generator
 from mambagen.pipelines.sc09_judge import DigitJudge, Judged
 from mambagen.pipelines.sc09_metrics import Moments
 from mambagen.pipelines.sc09_reference import load_reference
+from mambagen.pipelines.sc09_stats import shipped_reference
 from tests.pipelines.sc09_sounds import JUDGE, RATE, word, write_words
 from tests.reports import chromium
 
@@ -374,3 +376,25 @@ def test_halves_of_real_digits_are_near_one_another_by_the_built_in_judge() -> N
     assert scores.fid.value < 0.05 * far
     assert scores.inception.value > 7
     assert any(text.startswith(("Noise", "Unclear")) for text in find_faults(noise, heard, moments, DIGITS))
+
+
+def test_the_built_in_judge_comes_whole_and_small_with_its_statistics_and_does_not_hear_digits_in_noise() -> None:
+    folder = find_model("digit-judge")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 16_000_000
+    judge = DigitJudge()
+    assert judge.digits == DIGITS
+    reference = shipped_reference(judge)
+    assert reference.facts.digits == DIGITS
+    assert reference.moments.mean.shape == (judge.model.config.feature_size,)
+    assert np.linalg.eigvalsh(reference.moments.covariance).min() > -1e-6
+    assert reference.mean_prediction.sum() == pytest.approx(1)
+    card = (folder / "README.md").read_text()
+    assert "Confusion, test" in card
+    assert "CC BY-SA 4.0" in card
+    random = np.random.default_rng(0)
+    noise = (0.1 * random.normal(size=(40, RATE))).astype(np.float32)
+    hum = np.sin(2 * np.pi * 100 * np.arange(RATE) / RATE + random.uniform(0, 6, (10, 1))).astype(np.float32)
+    assert (judge.judge(noise).is_digit < 0.5).all()
+    assert (judge.judge(0.3 * hum).is_digit < 0.5).mean() > 0.8
+    told = list(find_faults(noise, judge.judge(noise), reference.moments, DIGITS))
+    assert told[0].startswith("Noise or other sound: the judge takes 40 of 40 clips")
