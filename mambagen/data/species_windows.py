@@ -61,20 +61,21 @@ class DrawnWindows:
             total.update(f"{self.label[row]}\t{name}\t{start}\t{self.length}\t{strand}\t{crc}\n".encode())
         return total.hexdigest()[:16]
 
-    def independent(self) -> int:
-        """How many windows would lie side by side in the bases that these cover, if that is less than their number.
+    def independent(self) -> NDArray[np.int64]:
+        """For each label that occurs, in order: how many windows would lie side by side in the bases that these cover.
 
-        Windows that overlap are no independent trials: intervals of a share are those of this many.
+        Windows that overlap are no independent trials: intervals of a share are those of this many (or of their
+        number, where that is less).
         """
-        count = 0
+        counts = []
         for label in np.unique(self.label):
             rows = np.flatnonzero(self.label == label)
             covered = 0
             for record in np.unique(self.record[rows]):
                 starts = self.start[rows[self.record[rows] == record]].tolist()
                 covered += sum(end - start for start, end in union((s, s + self.length) for s in starts))
-            count += min(len(rows), -(-covered // self.length))
-        return count
+            counts.append(min(len(rows), -(-covered // self.length)))
+        return np.array(counts, dtype=np.int64)
 
 
 def without_unknown(tokens: Tokens) -> Tokens:

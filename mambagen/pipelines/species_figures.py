@@ -19,6 +19,7 @@ from mambagen.pipelines.species_task import Answers, ask
 
 Z95 = 1.959963984540054
 BINS = 10  # of the reliability diagram
+CALIBRATION_BASES = 1 << 19  # of a species and length
 SHUFFLES, STUDENT = 10, 2.262  # of labels, and the 97.5 % quantile with nine degrees of freedom
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of regularisation, among which validation chooses
 STREAM_OF_TRAINING = 1 << 40  # a step that no training reaches
@@ -26,11 +27,16 @@ STREAM_OF_TRAINING = 1 << 40  # a step that no training reaches
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers with its 95 % interval (Wilson), which counts windows that overlap once."""
+    """The mean over species of their shares of right answers, with its 95 % interval (Wilson).
+
+    A species counts as any other, whatever number of windows it has, so 1 / species is chance. The interval is that of
+    as many independent windows, of which each species has the same number, as have the variance of this mean; windows
+    that overlap count once.
+    """
 
     length: int
     rows: int
-    independent: int  # windows that would lie side by side in what they cover
+    independent: int
     species: int  # that have windows of this length
     accuracy: float
     low: float
@@ -40,16 +46,28 @@ class Accuracy:
     @staticmethod
     def of(drawn: DrawnWindows, said: NDArray[np.int64]) -> "Accuracy":
         """Of answers (rows,) to the windows."""
-        share = float((said == drawn.label).mean())
-        independent = drawn.independent()
-        low, high = wilson(share, independent)
+        share = mean_over_species(drawn, said)
+        trials = effective_trials(drawn)
+        low, high = wilson(share, trials)
         species = len(np.unique(drawn.label))
-        return Accuracy(drawn.length, len(drawn), independent, species, share, low, high, drawn.digest())
+        return Accuracy(drawn.length, len(drawn), round(trials), species, share, low, high, drawn.digest())
 
 
-def wilson(share: float, trials: int, z: float = Z95) -> tuple[float, float]:
+def mean_over_species(drawn: DrawnWindows, said: NDArray[np.int64]) -> float:
+    """The mean over the labels of their shares of right answers."""
+    right = said == drawn.label
+    return float(np.mean([right[drawn.label == label].mean() for label in np.unique(drawn.label)]))
+
+
+def effective_trials(drawn: DrawnWindows) -> float:
+    """S^2 / sum(1 / n_s): a share of so many trials varies as the mean over S species with n_s trials each does."""
+    counts = drawn.independent()
+    return float(len(counts) ** 2 / (1 / counts).sum())
+
+
+def wilson(share: float, trials: float, z: float = Z95) -> tuple[float, float]:
     """The interval of Wilson (1927, JASA 22:209) for a share of so many independent trials."""
-    if trials < 1:
+    if trials <= 0:
         return 0.0, 1.0
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
@@ -121,7 +139,8 @@ def calibrate(
     """Fit it on validation records from a sixteenth of the window to 64 windows; each length counts alike."""
     answers, weights = [], []
     for length in calibration_lengths(model.config.window):
-        drawn = draw_evaluation(parts.valid, length, per_species, seed + 1)
+        count = max(4, min(per_species, CALIBRATION_BASES // length))
+        drawn = draw_evaluation(parts.valid, length, count, seed + 1)
         if len(drawn):
             answers.append(ask(model, drawn, tokens_at_once, at_most))
             weights.append(np.full(len(drawn), 1 / len(drawn)))
@@ -235,7 +254,7 @@ def baselines(
         sampler = SpeciesSampler(some.train, some.species, seed, reverse_complement=False)
         train = sampler.draw(STREAM_OF_TRAINING, length, rows)
         train = _with_labels(train, np.array([parts.species.index(name) for name in names])[train.label])
-        chance = wilson(1 / len(np.unique(test.label)), test.independent())
+        chance = wilson(1 / len(np.unique(test.label)), effective_trials(test))
 
         def add(
             name: str, features: list[NDArray[np.float32]], labels: NDArray[np.int64], at: DrawnWindows = test,
@@ -276,7 +295,7 @@ def shuffled_control(
     shares = []
     for _ in range(SHUFFLES):
         said = regression(features, generator.permutation(labels), at, test.label, at, strengths=STRENGTHS[:1])
-        shares.append(float((said == test.label).mean()))
+        shares.append(mean_over_species(test, said))
     mean, half = float(np.mean(shares)), STUDENT * float(np.std(shares, ddof=1)) / math.sqrt(SHUFFLES)
     species = len(np.unique(test.label))
     return Accuracy(test.length, len(test), SHUFFLES, species, mean, mean - half, mean + half, test.digest())

@@ -63,10 +63,10 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> set[str]:
 def _add_test(page: Page, classes: Sequence[str], figures: TestFigures, found: Sequence[Baseline]) -> None:
     page.heading("On test sequence")
     page.table(
-        ["bases", "windows", "side by side", "species", "accuracy", "95 % interval", "windows' digits"],
+        ["bases", "windows", "independent", "species", "accuracy", "95 % interval", "windows' digits"],
         [_accuracy_row(row) for row in figures.by_length],
-        caption="Records of each length, put to the model as classify-species does. The interval (Wilson) counts "
-        "windows that overlap once; the digits are a hash of the windows, which were drawn once.",
+        caption="Records of each length, put to the model as classify-species does. Every species counts alike; the "
+        "interval (Wilson) counts windows that overlap once; the digits are a hash of the windows, drawn once.",
     )
     for length, names in figures.missing.items():
         page.text(f"No test window of {length:,} bases: {', '.join(names)}.")

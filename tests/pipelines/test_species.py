@@ -18,16 +18,18 @@ from scipy import stats
 from mambagen import cli
 from mambagen.commands.train_species import train_species
 from mambagen.data.dna_tokens import DnaTokenizer
+from mambagen.data.genome import Stretches
+from mambagen.data.species_windows import draw_evaluation
 from mambagen.models.saving import load_model, save_model
 from mambagen.models.species_classifier import Calibration, SpeciesClassifier, SpeciesConfig
 from mambagen.pipelines.classify_species import SpeciesReader
 from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT
 from mambagen.pipelines.length_warmup import length_stages
-from mambagen.pipelines.species_figures import fit_calibration, reliability, wilson
+from mambagen.pipelines.species_figures import Accuracy, fit_calibration, reliability, wilson
 from mambagen.pipelines.species_task import Answers, LengthPlan
 from mambagen.pipelines.train_species import TrainSpeciesConfig
 from mambagen.training.run_folder import read_metrics
-from tests.data.helpers import random_dna
+from tests.data.helpers import a_genome, random_dna
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = """
@@ -543,6 +545,19 @@ def test_intervals_are_those_of_wilson() -> None:
     for right, trials in ((0, 5), (3, 10), (87, 100), (40, 40)):
         expected = stats.binomtest(right, trials).proportion_ci(0.95, method="wilson")
         assert wilson(right / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_every_species_counts_alike_whatever_number_of_windows_it_has() -> None:
+    genome = a_genome(random_dna(100_000, 0), random_dna(2000, 1))
+    parts = [Stretches(genome.records, [(i, 0, n)], genome.tokenizer) for i, n in ((0, 100_000), (1, 2000))]
+    drawn = draw_evaluation(parts, 1000, 90, seed=0)
+    assert np.bincount(drawn.label).tolist() == [90, 4]
+    found = Accuracy.of(drawn, np.zeros(94, dtype=np.int64))  # all are called the first
+    assert found.accuracy == 0.5
+    one, two = drawn.independent().tolist()
+    assert (one > 50, two) == (True, 2)
+    assert found.independent == round(4 / (1 / one + 1 / two))
+    assert (found.low, found.high) == pytest.approx(wilson(0.5, 4 / (1 / one + 1 / two)))
 
 
 def test_calibration_error_is_the_gap_between_saying_and_being_right() -> None:
