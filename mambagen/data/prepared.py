@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ def prepare(
         progress(f"preparing {source} (once) ...")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_forgotten(folder)
         scratch = folder / f".{target.name}.partial-{os.getpid()}"
         try:
             _write(source, tokenizer, scratch)
@@ -99,8 +101,9 @@ def prepared_path(source: str | Path, tokenizer: DnaTokenizer, folder: Path) -> 
     """Where the prepared genome of a file is or would be: its name says the source's content and the policy."""
     digest = content_hash(source, folder)
     policy = f"{FORMAT} {tokenizer.lower_case} {tokenizer.iupac}"  # what the tokens depend on
-    stem = Path(source).name.split(".")[0][:40]
-    return folder / f"{stem}-{hashlib.sha256(f'{digest} {policy}'.encode()).hexdigest()[:24]}.genome"
+    key = hashlib.sha256(f"{digest} {policy}".encode()).hexdigest()[:24]
+    there = sorted(folder.glob(f"*-{key}.genome"))  # perhaps made from a file of another name
+    return there[0] if there else folder / f"{Path(source).name.split('.')[0][:40]}-{key}.genome"
 
 
 def content_hash(source: str | Path, folder: Path) -> str:
@@ -179,6 +182,13 @@ def _records(path: Path) -> tuple[PreparedRecord, ...]:
             raise ValueError("a record outside of the file")
         records.append(PreparedRecord(row["id"], row["description"], row["line"], plain[first:last]))
     return tuple(records)
+
+
+def _remove_forgotten(folder: Path) -> None:
+    """Remove what killed processes left a day ago or more."""
+    for path in folder.glob(".*.partial-*"):
+        if time.time() - path.stat().st_mtime > 86_400:
+            path.unlink(missing_ok=True)
 
 
 # ---- hashes that were taken -----------------------------------------------------------------------------------------

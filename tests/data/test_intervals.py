@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mambagen.data.genome import Genome
 from mambagen.data.intervals import chromosome_intervals, chromosome_of, held_out, interval_starts, overlap
@@ -79,6 +81,36 @@ def test_what_windows_reach_of_the_held_out_rows_is_counted_as_a_loop_counts_it(
     assert length < 2000 or touched or strict
     stretches = WindowSampler(train, min(length, 1000) - 1, 4, seed=0)
     assert overlap(stretches.reach(), held) == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 390), st.integers(1, 120), st.sampled_from(["train", "valid", "test"])),
+                   min_size=1, max_size=12),
+    length=st.integers(1, 400),
+)  # fmt: skip
+def test_strict_windows_never_touch_what_is_held_out_whatever_the_intervals(
+    spans: list[tuple[int, int, str]], length: int
+) -> None:
+    genome = a_genome(random_dna(400, 3))
+    rows = [("r0", start, min(start + size, 400), split) for start, size, split in spans]
+    held = {p for _, a, b, split in rows if split != "train" for p in range(a, b)}
+    starts = interval_starts(genome.records, rows, length, strict=True)
+    for first, count in zip(starts.first.tolist(), starts.count.tolist(), strict=True):
+        assert 0 <= first <= first + count - 1 + length <= 400
+        assert not held & set(range(first, first + count - 1 + length))
+    trained = [row for row in rows if row[3] == "train"]
+    assert len(starts) + starts.dropped == len(trained)
+    # An interval gives no window where no free run of that length has a base of it.
+    free = [p not in held for p in range(400)]
+    for row in trained:
+        own = [p for p in range(row[1], row[2]) if free[p]]
+        runs = [
+            w for w in range(400 - length + 1) if all(free[w : w + length]) and set(own) & set(range(w, w + length))
+        ]
+        if not runs:
+            assert starts.dropped
+            break
 
 
 def test_intervals_are_drawn_alike_and_windows_are_those_of_the_record(genome: Genome) -> None:

@@ -2,6 +2,8 @@
 
 import gzip
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,6 @@ from mambagen.data.prepared import find_prepared, list_prepared, prepare, unpack
 from mambagen.data.windows import WindowSampler
 from mambagen.errors import InputError, ResourceError
 from tests.data.helpers import random_dna
-from tests.forks import fork
 
 
 @pytest.fixture
@@ -56,6 +57,9 @@ def test_it_is_made_once_by_content_and_follows_the_content(
     elsewhere.parent.mkdir()
     elsewhere.write_bytes(fasta.read_bytes())
     assert prepare(elsewhere, DnaTokenizer(), cache).path == first.path  # the same content in another place
+    renamed = tmp_path / "other.fa"
+    renamed.write_bytes(fasta.read_bytes())
+    assert prepare(renamed, DnaTokenizer(), cache).path == first.path
     packed = tmp_path / "genome.fa.gz"
     packed.write_bytes(gzip.compress(fasta.read_bytes()))
     assert prepare(packed, DnaTokenizer(), cache).path != first.path
@@ -114,25 +118,32 @@ def test_nothing_is_left_of_one_that_cannot_be_made(tmp_path: Path, fasta: Path)
         prepare(tmp_path / "none.fa", DnaTokenizer(), cache)
     with pytest.raises(InputError, match="only a file"):
         prepare(tmp_path, DnaTokenizer(), cache)
+    forgotten, fresh = cache / ".a.genome.partial-1", cache / ".b.genome.partial-2"
+    for path in (forgotten, fresh):
+        path.write_text("a killed process left this")
+    os.utime(forgotten, (1, 1))
+    prepare(fasta, DnaTokenizer(), cache)
+    assert (forgotten.exists(), fresh.exists()) == (False, True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError, match="MAMBAGEN_HOME"):
         prepare(fasta, DnaTokenizer(), tmp_path / "file" / "cache")
 
 
-def open_in_another_process(fasta: Path, cache: Path, out: Path) -> None:
-    found = prepare(fasta, DnaTokenizer(), cache)
-    out.write_text(f"{int(found.records[2].tokens.sum(dtype=np.int64))}")
+PROGRAM = """
+import sys
+from pathlib import Path
+from mambagen.data.dna_tokens import DnaTokenizer
+from mambagen.data.prepared import prepare
+print(int(prepare(sys.argv[1], DnaTokenizer(), Path(sys.argv[2])).records[2].tokens.sum(dtype="int64")))
+"""
 
 
 def test_processes_that_make_it_at_one_time_agree(tmp_path: Path, fasta: Path) -> None:
-    outs = [tmp_path / f"out{i}" for i in range(3)]
-    processes = [fork(open_in_another_process, fasta, tmp_path / "cache", out) for out in outs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    command = [sys.executable, "-c", PROGRAM, str(fasta), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [process.communicate(timeout=60)[0] for process in processes]
     expected = int(Genome.from_files([fasta]).records[1].tokens.sum(dtype=np.int64))
-    assert [int(out.read_text()) for out in outs] == [expected] * 3
+    assert answers == [f"{expected}\n"] * 3
     assert len(list(list_prepared(tmp_path / "cache"))) == 1
     assert not [path for path in (tmp_path / "cache").iterdir() if "partial" in path.name]
 
