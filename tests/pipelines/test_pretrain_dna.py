@@ -38,7 +38,8 @@ def test_a_run_leaves_a_table_a_folder_and_a_model_that_loads(pretrain: Pretrain
     code, out, err = pretrain("--out", "run")
     assert code == 0, err
     run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} >= {"config.toml", "metrics.jsonl", "checkpoints", "loss.png", "report.html"}
+    left = {"config.toml", "metrics.jsonl", "checkpoints", "loss.png", "report.html"}
+    assert {path.name for path in run.iterdir()} >= left
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     settings = tomllib.loads((run / "config.toml").read_text())
     assert (settings["steps"], settings["context"], settings["lr"]) == (6, 32, PretrainDnaConfig().lr)
