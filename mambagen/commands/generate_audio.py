@@ -137,13 +137,13 @@ def to_files(
     from mambagen.pipelines.audio_output import clips_to_files
 
     columns = ("file", "class", "seconds", "seed", "bits_per_byte", "takes")
-    if not as_json:
-        click.echo("\t".join(columns))
-    for row in clips_to_files(voice, config, out, play_report, progress.state, warn):
+    for i, row in enumerate(clips_to_files(voice, config, out, play_report, progress.state, warn)):
         if as_json:
             click.echo(json.dumps(row))
-        else:
-            click.echo("\t".join(str(row[name]) for name in columns))
+            continue
+        if i == 0:
+            click.echo("\t".join(columns))
+        click.echo("\t".join(str(row[name]) for name in columns))
     if play_report:
         progress.close()
         click.echo(f"mambagen: the report is {os.path.join(out, 'report.html')}", err=True)

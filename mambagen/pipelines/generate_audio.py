@@ -32,7 +32,7 @@ from mambagen.data.spoken_words import DIGITS
 from mambagen.data.wav import Samples16, to_int16
 from mambagen.errors import ModelError, UsageError
 from mambagen.models.audio_stepper import BACKENDS, Stepper
-from mambagen.models.audio_unet import AudioUNet
+from mambagen.models.audio_unet import AudioUNet, StageState
 from mambagen.models.builtin import find_model
 from mambagen.models.files import first_fault
 from mambagen.models.saving import CONFIG, load_model
@@ -164,6 +164,7 @@ class AudioVoice:
             )
         self.rate = self.quantiser.rate
         self.guard = Guard(self.rate)
+        self._states: dict[tuple[int, int], StageState] = {}
 
     # ---- what is asked for
 
@@ -359,14 +360,29 @@ class AudioVoice:
         """Of tokens after a prompt, in nats, at temperature 1 and without guidance."""
         whole = torch.from_numpy(np.concatenate((prompt, tokens)).astype(np.int64))[None].to(self.device)
         classes = torch.tensor([class_index], device=self.device) if self.model.config.classes else None
-        fed, total, at = shifted(whole), 0.0, 0
-        state = self.model.allocate_state(1) if fed.shape[1] > SCORED else None
-        for chunk, targets in zip(fed.split(SCORED, 1), whole.split(SCORED, 1), strict=True):
+        fed, begin, total = shifted(whole), len(prompt), 0.0
+        state = None
+        if begin:
+            state = self._state_after(fed[:, :begin], classes, (hash(prompt.tobytes()), class_index))
+        elif len(tokens) > SCORED:
+            state = self.model.allocate_state(1)
+        for chunk, targets in zip(fed[:, begin:].split(SCORED, 1), whole[:, begin:].split(SCORED, 1), strict=True):
             logits, state = self.model(chunk, state, classes)
-            each: Tensor = F.cross_entropy(logits[0].float(), targets[0], reduction="none")
-            total -= float(each[max(0, len(prompt) - at) :].double().sum())
-            at += chunk.shape[1]
+            total -= float(F.cross_entropy(logits[0].float(), targets[0], reduction="none").double().sum())
         return total
+
+    def _state_after(self, fed: Tensor, classes: Tensor | None, key: tuple[int, int]) -> StageState:
+        """The model's state after a prompt; the last ones are kept, as every clip of a call has the same."""
+        if key not in self._states:
+            state = self.model.allocate_state(1)
+            for chunk in fed.split(SCORED, 1):
+                _, after = self.model.backbone(chunk, state, classes)
+                assert after is not None
+                state = after
+            while len(self._states) > self.model.config.classes:
+                self._states.pop(next(iter(self._states)))
+            self._states[key] = state
+        return self._states[key]
 
     # ---- a stream
 
