@@ -123,6 +123,16 @@ def score(
 
     The reference data are taken as they are: intervals are about the generated clips alone.
     """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn brings it
+
+    # Many small matrices: threads only wait for one another, and where cores are busy they take ten times as long.
+    with threadpool_limits(1 if features.shape[1] <= WIDE else None):
+        return _score(features, log_p, reference, reference_mean, seed)
+
+
+def _score(
+    features: NDArray[np.floating], log_p: Array, reference: Moments, reference_mean: Array, seed: int
+) -> Scores:
     values = np.asarray(features, dtype=np.float64)
     draws = BOOTSTRAP_DRAWS if values.shape[1] <= WIDE else BOOTSTRAP_DRAWS_WIDE
     figures: tuple[Callable[[NDArray[np.int64]], float], ...] = (
