@@ -250,7 +250,7 @@ def baselines(
             continue
         names = [name for i, name in enumerate(parts.species) if _has_windows(parts, i, length)]
         some = parts.only(names)
-        rows = max(20, min(train_per_species, (1 << 23) // length)) * len(names)
+        rows = max(20, min(train_per_species, (1 << 22) // length)) * len(names)
         sampler = SpeciesSampler(some.train, some.species, seed, reverse_complement=False)
         train = sampler.draw(STREAM_OF_TRAINING, length, rows)
         train = _with_labels(train, np.array([parts.species.index(name) for name in names])[train.label])
