@@ -114,7 +114,7 @@ def choose_reference(
     if config.stats is not None:
         return load_reference(config.stats, judge.fingerprint)
     if words is not None:
-        return make_reference(judge, words, Path(words.path).name, said=progress.state)
+        return make_reference(judge, words, Path(str(config.data)).name, said=progress.state)
     return shipped_reference(judge)
 
 
