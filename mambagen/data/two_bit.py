@@ -87,8 +87,8 @@ def _records(reader: _Reader) -> Iterator[Record]:
     reader.at += 4
     index = []
     for _ in range(count):
-        name = reader.take(reader.number(1)).tobytes()
-        index.append((name.decode("latin-1"), reader.number(8 if version else 4)))
+        name = reader.take(reader.number(1)).tobytes().decode("latin-1")
+        index.append((name, reader.number(8 if version else 4)))
     for number, (name, offset) in enumerate(index, start=1):
         reader.at, reader.where = offset, f"record '{name}'"
         yield Record(name, "", _sequence(reader, name), reader.path, number)

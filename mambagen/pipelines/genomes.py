@@ -53,8 +53,8 @@ def open_genome(
 def split_rows(data: Sequence[str | Path], genome: Genome, bed: str | Path | None = None) -> list[Interval]:
     """The intervals that divide a genome: those of a BED file, or else those that its data sets bring."""
     if bed is not None:
-        return [tuple(row) for row in read_bed(bed)]
-    rows: list[Interval] = [tuple(row) for row in default_splits(data)]
+        return list(read_bed(bed))
+    rows: list[Interval] = list(default_splits(data))
     for paths, labels in chromosomes_of(data):
         own = {str(path) for path in paths}
         rows += chromosome_intervals([record for record in genome.records if record.path in own], labels)

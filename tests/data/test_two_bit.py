@@ -99,3 +99,22 @@ def test_what_is_damaged_of_another_version_or_packed_is_told(tmp_path: Path) ->
     path.write_bytes(two_bit({"x": "A", "z": "C"}).replace(b"z", b"x"))
     with pytest.raises(InputError, match="'x' occurs twice"):
         list(read_records(path))
+
+
+def test_any_damage_is_an_input_error_or_no_error(tmp_path: Path) -> None:
+    whole = two_bit(SEQUENCES)
+    path = tmp_path / "a.2bit"
+    rng = np.random.default_rng(1)
+    read, refused = 0, []
+    for _ in range(400):
+        content = bytearray(whole)
+        for place in rng.integers(4, 160, rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            read += len(list(read_records(path))) > 0
+        except InputError as error:
+            refused.append(str(error))
+    assert read > 50
+    assert len(refused) > 50
+    assert all(message.startswith(f"{path}:") for message in refused)
