@@ -5,7 +5,8 @@
 Each length is one run of the command in a process of its own, over one record that is the FASTA's bases joined end to
 end (and begun again where they are fewer). Its peak memory on the host is what the system counted for it; that of a GPU
 what torch counted. The line through time and length is fitted by least squares: seconds before the first base, and
-bases a second after. With `--check` two passes over the shortest, in chunks of two sizes, are held against each other.
+bases a second after; processor seconds say the same on a machine that does other things too. With `--check` two passes
+over the shortest, in chunks of two sizes, are held against each other.
 """
 
 import argparse
@@ -26,10 +27,12 @@ from mambagen.cli import run
 began = time.perf_counter()
 code = run(sys.argv[1:])
 seconds = time.perf_counter() - began
+used = resource.getrusage(resource.RUSAGE_SELF)
 import torch
 gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"code": code, "seconds": seconds, "peak": peak, "gpu": gpu}), file=sys.stderr)
+peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+cpu = used.ru_utime + used.ru_stime
+print(json.dumps({"code": code, "seconds": seconds, "cpu": cpu, "peak": peak, "gpu": gpu}), file=sys.stderr)
 """
 
 
@@ -103,6 +106,7 @@ def main() -> None:
                 {
                     "Mb": megabases,
                     "seconds": found["seconds"],
+                    "processor s": found["cpu"],
                     "bases/s": round(bases / found["seconds"]),
                     "peak MiB": round(found["peak"] / 2**20),
                     "GPU MiB": None if not found["gpu"] else round(found["gpu"] / 2**20),
@@ -119,8 +123,9 @@ def main() -> None:
             print(f"largest difference between chunks of 5,000 and 12,345: {largest_difference(*tracks):.1e}")
     print_table(rows, f"mambagen score, {options.format}, model {options.model}")
     if len(rows) > 1:
-        slope, start = np.polyfit([row["Mb"] for row in rows], [row["seconds"] for row in rows], 1)
-        print(f"{start:.1f} s + {slope:.2f} s a Mb ({1e6 / slope:,.0f} bases/s)")
+        for what in ("seconds", "processor s"):
+            slope, start = np.polyfit([row["Mb"] for row in rows], [row[what] for row in rows], 1)
+            print(f"{what}: {start:.1f} + {slope:.2f} a Mb ({1e6 / slope:,.0f} bases each)")
         growth = rows[-1]["peak MiB"] - rows[0]["peak MiB"]
         print(f"memory of the longest less that of the shortest: {growth} MiB")
     write_json(options.out, "streaming", rows)

@@ -17,7 +17,7 @@ from mambagen.models.mamba_lm import MambaLM
 from mambagen.models.saving import load_model
 
 DEFAULT_MODEL = "dna"
-BATCH_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}
+BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 18}
 
 
 def load_dna_model(model: Path | str, device: torch.device, kinds: Sequence[str]) -> tuple[Any, DnaTokenizer]:

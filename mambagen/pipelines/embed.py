@@ -159,7 +159,7 @@ class Embedder:
         """
         tokens = tokens.to(self.device)
         mask = None if mask is None or self.causal else mask.to(self.device)
-        with torch.inference_mode(), mixed_precision(self.device, self.precision):
+        with torch.no_grad(), mixed_precision(self.device, self.precision):
             if self.causal:
                 with self._tap() as seen:
                     out, state = self._trunk(tokens, state)

@@ -64,7 +64,7 @@ class LanguageModel:
         Args:
             model: a folder, the name of a built-in model, or a model in memory (with its ``tokenizer``).
             batch_tokens: bases that go through the model at once (default by device).
-            precision: "fp32", or "bf16" for matrix products on a GPU, which moves likelihoods by about 1e-2.
+            precision: "fp32", or "bf16" for matrix products on a GPU, which is faster and less exact.
 
         Raises:
             ModelError: the folder holds no causal language model of DNA. UsageError: no such device or precision.
@@ -84,7 +84,7 @@ class LanguageModel:
 
     def log_probabilities(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Of the letter after each of (batch, length) tokens: (batch, length, letters) float32; and the state."""
-        with torch.inference_mode(), mixed_precision(self.device, self.precision):
+        with torch.no_grad(), mixed_precision(self.device, self.precision):
             logits, after = self.model(tokens, state)
             assert after is not None
             return logits.float()[..., self._letters].log_softmax(-1), after

@@ -22,7 +22,7 @@ from mambagen.data.regions import merged, read_regions
 from mambagen.data.sequence_store import SequenceStore
 from mambagen.data.whole_file import byte_output, whole_file
 from mambagen.pipelines.likelihood import LanguageModel, Span
-from mambagen.pipelines.score_tracks import BedGraphTrack, BigWigTrack, Track, TsvTrack, check_bigwig
+from mambagen.pipelines.score_tracks import BedGraphTrack, BigWigTrack, Piece, TsvTrack, check_bigwig
 
 REGION_CONTEXT = 8192  # bases in front of a region that are read first
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
@@ -65,20 +65,19 @@ def spans_of(
     return [Span(r.record, r.start, r.end, context, r.name) for r in (found if apart else merged(found, store))]
 
 
-def write_track(
+def pieces_of(
     model: LanguageModel,
     store: SequenceStore,
     spans: Sequence[Span],
-    track: Track,
     both_strands: bool = False,
     scale: float = 1.0,
     said: Said | None = None,
-) -> None:
-    """Score the spans, piece by piece, into a track; ``scale`` turns nats into another unit."""
+) -> Iterator[Piece]:
+    """The scores of spans, piece by piece, as a track takes them; ``scale`` turns nats into another unit."""
     done, total = 0, sum(map(len, spans))
     for at, start, scores in model.spans(store, spans, both_strands):
         record = spans[at].record
-        track.write(record, start, scores * np.float32(scale), store.read(record, start, start + len(scores)))
+        yield Piece(record, start, scores * np.float32(scale), store.read(record, start, start + len(scores)))
         done += len(scores)
         if said:
             said(done, total)
@@ -147,19 +146,20 @@ def write_scores(
         check_bigwig()
     scale = UNITS[unit]
     with SequenceStore.from_files(paths, model.tokenizer) as store:
-        spans = _some_spans(store, regions, context, apart=False)
+        pieces = pieces_of(model, store, _some_spans(store, regions, context, apart=False), both_strands, scale, said)
         if form == "bigwig":
             assert out is not None
-            with whole_file(out) as partial, BigWigTrack(partial, store.records) as track:
-                write_track(model, store, spans, track, both_strands, scale, said)
+            with whole_file(out) as partial:
+                BigWigTrack(partial, store.records).write(pieces)
         else:
             how = "natural log" if unit == "nats" else "log2"
             strands = "mean of both strands" if both_strands else "plus strand"
             description = f"log-likelihood of each base, {how}, {strands}, model {model_name}"
             with byte_output(out) as stream:
-                as_tsv = form == "tsv"
-                rows = TsvTrack(stream, f"log_likelihood_{unit}") if as_tsv else BedGraphTrack(stream, description)
-                write_track(model, store, spans, rows, both_strands, scale, said)
+                if form == "tsv":
+                    TsvTrack(stream, f"log_likelihood_{unit}").write(pieces)
+                else:
+                    BedGraphTrack(stream, description).write(pieces)
         store.raise_failures()
 
 

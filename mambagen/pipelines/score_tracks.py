@@ -1,18 +1,17 @@
-"""Per-base scores as files: bedGraph, bigWig, TSV. A track gets pieces of records in order and is closed at the end."""
+"""Per-base scores as files: bedGraph, bigWig, TSV. A track takes the pieces of all records, in order."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mambagen.data.dna_tokens import VOCABULARY
-from mambagen.data.genome import runs_of
 from mambagen.data.row_text import characters, constant, decimals, integers, join
 from mambagen.data.sequence_store import StoredRecord
-from mambagen.errors import ResourceError, UsageError
+from mambagen.errors import InputError, ResourceError, UsageError
 
 PLACES = 5  # digits after the point
 ROWS = 1 << 16  # of text at a time
@@ -20,12 +19,19 @@ ROWS = 1 << 16  # of text at a time
 _LETTERS = np.array([ord(name) if len(name) == 1 else ord("?") for name in VOCABULARY], dtype=np.uint8)
 
 
-class Track(Protocol):
-    """Takes scores (NaN where there is none) of bases from ``start`` on, with their tokens."""
+class Piece(NamedTuple):
+    """Scores of the bases of a record from ``start`` on."""
 
-    def write(
-        self, record: StoredRecord, start: int, scores: NDArray[np.float32], tokens: NDArray[np.uint8]
-    ) -> None: ...
+    record: StoredRecord
+    start: int
+    scores: NDArray[np.float32]  # (length,), NaN where a base has none
+    tokens: NDArray[np.uint8]  # (length,)
+
+
+class Track(Protocol):
+    """Writes pieces, as they come, to where it was opened."""
+
+    def write(self, pieces: Iterable[Piece]) -> None: ...
 
 
 class TsvTrack:
@@ -35,13 +41,12 @@ class TsvTrack:
         self._stream = stream
         stream.write(f"record\tposition\tbase\t{column}\n".encode())
 
-    def write(self, record: StoredRecord, start: int, scores: NDArray[np.float32], tokens: NDArray[np.uint8]) -> None:
-        for at in _by(ROWS, len(scores)):
-            values = scores[at]
-            position = np.arange(len(values), dtype=np.int64) + (start + at.start + 1)
-            name = constant(record.id.encode(), len(values))
-            base = characters(_LETTERS[tokens[at]])
-            self._stream.write(join([name, integers(position), base, decimals(values, PLACES)]))
+    def write(self, pieces: Iterable[Piece]) -> None:
+        for record, start, scores, tokens in _of(ROWS, pieces):
+            position = np.arange(len(scores), dtype=np.int64) + (start + 1)
+            name = constant(record.id.encode(), len(scores))
+            base = characters(_LETTERS[tokens])
+            self._stream.write(join([name, integers(position), base, decimals(scores, PLACES)]))
 
 
 class BedGraphTrack:
@@ -51,63 +56,95 @@ class BedGraphTrack:
         self._stream = stream
         stream.write(f"#bedGraph {description}\n".encode())
 
-    def write(self, record: StoredRecord, start: int, scores: NDArray[np.float32], tokens: NDArray[np.uint8]) -> None:
-        for at in _by(ROWS, len(scores)):
-            there = np.flatnonzero(~np.isnan(scores[at]))
-            position = there + (start + at.start)
+    def write(self, pieces: Iterable[Piece]) -> None:
+        for record, start, scores, _ in _of(ROWS, pieces):
+            there = np.flatnonzero(~np.isnan(scores))
+            position = there + start
             name = constant(record.id.encode(), len(there))
-            columns = [name, integers(position), integers(position + 1), decimals(scores[at][there], PLACES)]
+            columns = [name, integers(position), integers(position + 1), decimals(scores[there], PLACES)]
             self._stream.write(join(columns))
 
 
 class BigWigTrack:
-    """A bigWig by pyBigWig: float32 values, nothing where a base has no score. Use as a context manager."""
+    """A bigWig by pybigtools, which keeps memory flat: float32 values, nothing where a base has no score."""
 
-    def __init__(self, path: Path, records: Sequence[StoredRecord]) -> None:
-        """``records``: all that can come, in their order.
-
-        Raises UsageError where pyBigWig is not installed.
-        """
-        self._file: Any = _pybigwig().open(str(path), "w")
+    def __init__(self, path: Path, records: Iterable[StoredRecord]) -> None:
+        """``records``: all that can come, in their order. Raises UsageError where pybigtools is not installed."""
         self._path = path
+        self._lengths = {record.id: record.length for record in records if record.length}
+        self._tools = _pybigtools()
+
+    def write(self, pieces: Iterable[Piece]) -> None:
+        """Raises InputError where no base has a score, ResourceError where the file cannot be written."""
+        failure: list[BaseException] = []
+        written = 0
+
+        def rows() -> Iterator[tuple[str, int, int, float]]:
+            nonlocal written
+            try:
+                for record, start, scores, _ in pieces:
+                    there = np.flatnonzero(~np.isnan(scores))
+                    first = (there + start).tolist()
+                    written += len(first)
+                    yield from zip(
+                        [record.id] * len(first),
+                        first,
+                        (there + (start + 1)).tolist(),
+                        scores[there].tolist(),
+                        strict=True,
+                    )
+            except BaseException as error:  # pybigtools would print it and end the file there
+                failure.append(error)
+
+        chained = rows()
+        head = next(chained, None)
+        if failure:
+            raise failure[0]
+        if head is None:
+            raise InputError("no base has a likelihood, so there is nothing to write into a bigWig")
+        scratch = self._path.with_name(f"{self._path.name}.bw")  # it goes by the suffix
         try:
-            self._file.addHeader([(record.id, record.length) for record in records if record.length])
-        except RuntimeError as error:
-            raise ResourceError(f"{path}: cannot be written: {error}") from None
-
-    def write(self, record: StoredRecord, start: int, scores: NDArray[np.float32], tokens: NDArray[np.uint8]) -> None:
-        firsts, ends = runs_of(~np.isnan(scores))
-        try:
-            for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
-                values = scores[first:end].astype(np.float64)
-                self._file.addEntries(record.id, start + first, values=values, span=1, step=1)
-        except RuntimeError as error:
-            raise ResourceError(
-                f"{self._path}: cannot be written: {error}; free space or choose another place"
-            ) from None
-
-    def __enter__(self) -> "BigWigTrack":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+            self._tools.open(str(scratch), "w").write(self._lengths, _begun(head, chained))
+            if failure:
+                raise failure[0]
+            covered = self._tools.open(str(scratch)).info()["summary"]["basesCovered"]
+            if covered != written:
+                raise ResourceError(f"{self._path}: {covered} of {written} values were written; is the disk full?")
+            os.replace(scratch, self._path)
+        except BaseException as error:
+            if failure:
+                raise failure[0] from None
+            if type(error).__name__ in ("PanicException", "BBIReadError", "OSError", "ValueError", "RuntimeError"):
+                what = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ResourceError(
+                    f"{self._path}: the bigWig cannot be written ({what}); free space or choose another place"
+                ) from None
+            raise
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def check_bigwig() -> None:
     """UsageError where bigWig cannot be written here; to be said before the work."""
-    _pybigwig()
+    _pybigtools()
 
 
-def _pybigwig() -> Any:
+def _pybigtools() -> Any:
     try:
-        import pyBigWig
+        import pybigtools
     except ImportError:
-        raise UsageError("bigWig is written by pyBigWig, which is not installed: pip install pyBigWig") from None
-    return pyBigWig
+        raise UsageError("bigWig is written by pybigtools, which is not installed: pip install pybigtools") from None
+    return pybigtools
 
 
-def _by(rows: int, length: int) -> Iterator[slice]:
-    for start in range(0, length, rows):
-        yield slice(start, min(start + rows, length))
+def _begun(head: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield head
+    yield from rest
+
+
+def _of(rows: int, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, those of more rows in several."""
+    for record, start, scores, tokens in pieces:
+        for at in range(0, len(scores), rows):
+            end = at + rows
+            yield Piece(record, start + at, scores[at:end], tokens[at:end])

@@ -139,14 +139,14 @@ def test_tsv_has_a_row_a_base(folder: Path, genome: Path, theirs, capfdbinary) -
 
 
 def test_bedgraph_and_bigwig_hold_the_same(folder: Path, genome: Path, theirs, capfdbinary) -> None:
-    bigtools = pytest.importorskip("pybigtools")
-    pytest.importorskip("pyBigWig")
+    pytest.importorskip("pybigtools")
+    reader = pytest.importorskip("pyBigWig")
     expected = likelihoods_by_transformers(theirs, DNA) / math.log(2)
     arguments = [genome, "--model", folder, "--unit", "bits"]
     assert run(capfdbinary, *arguments, "--out", "s.bw", "--batch-tokens", 64)[0] == 0
-    with bigtools.open("s.bw") as track:
+    with reader.open("s.bw") as track:
         assert track.chroms() == {"chr1": 800, "chr2": 77}
-        close(np.asarray(track.values("chr1", 0, 800, fillna=None)), expected, 3e-5)
+        close(np.array(track.values("chr1", 0, 800)), expected, 3e-5)
     code, out, _ = run(capfdbinary, *arguments, "--format", "bedgraph")
     assert code == 0
     assert "log2" in out.splitlines()[0]
@@ -279,3 +279,22 @@ def test_a_closed_pipe_is_silent(folder: Path, genome: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(60) == 141
+
+
+def test_a_bigwig_that_fails_on_its_way_leaves_nothing(folder: Path, genome: Path, capfdbinary, monkeypatch) -> None:
+    pytest.importorskip("pybigtools")
+    (genome.parent / "n.fa").write_text(">x\nANNNN\n")
+    code, _, err = run(capfdbinary, "n.fa", "--model", folder, "--out", "x.bw")
+    assert code == 3
+    assert "no base has a likelihood" in err
+    real = LanguageModel.spans
+
+    def stopped(*arguments, **options):
+        yield next(real(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LanguageModel, "spans", stopped)
+    code, out, err = run(capfdbinary, genome, "--model", folder, "--out", "x.bw", "--batch-tokens", 100)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "mambagen: error: interrupted"
+    assert sorted(path.name for path in genome.parent.iterdir()) == ["g.fa", "n.fa"]
