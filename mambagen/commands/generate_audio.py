@@ -70,8 +70,9 @@ def generate_audio(
 ) -> None:
     """Make sound: spoken digits, or what a model of yours learnt.
 
-    MODEL is the folder of a model, or a built-in one's name (digits unless given). Writes 16-bit WAV files and a row for each: file, class, seconds, seed of its stream, bits a byte under the model,
-    takes (more than one where the guard went back). With --out - the sound itself goes to stdout as it is made.
+    MODEL is the folder of a model, or a built-in one's name (digits unless given). Writes 16-bit WAV files and a row
+    for each: file, class, seconds, seed of its stream, bits a byte under the model, takes (more than one where the
+    guard went back). With --out - the sound itself goes to stdout as it is made.
     """
     if device not in DEVICES and not device.startswith("cuda:"):
         raise UsageError(f"--device {device}: it must be {', '.join(DEVICES)} or cuda:N")
