@@ -6,7 +6,7 @@ and the other IUPAC codes is a stated policy, kept in the checkpoint beside the 
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,12 +90,16 @@ class DnaTokenizer(BaseModel):
         """The other strand, 5' to 3', along the last axis; N and the special tokens complement to themselves."""
         return reverse_complement(ids)
 
-    def targets(self, ids: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Targets of the loss: the ids as int64, ``IGNORED`` for special tokens and, unless predicted, for N."""
-        targets = ids.astype(np.int64)
-        targets[ids < A] = IGNORED
+    def targets(self, ids: NDArray[np.uint8], dtype: type[np.signedinteger[Any]] = np.int64) -> NDArray[Any]:
+        """Targets of the loss: the ids, ``IGNORED`` for special tokens and, unless predicted, for N.
+
+        They are int64, as a loss takes them, or of another signed type: int8 is an eighth of the work and memory.
+        """
+        ignored = ids < A
         if self.n == "ignore":
-            targets[ids == N] = IGNORED
+            ignored |= ids == N
+        targets = ids.astype(dtype)
+        np.copyto(targets, dtype(IGNORED), where=ignored)
         return targets
 
 

@@ -7,6 +7,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,9 @@ class WindowBatch:
     """Windows as arrays, a row each, and where they come from."""
 
     inputs: NDArray[np.uint8]  # (batch, context) token ids; PAD after a stretch's end
-    targets: NDArray[np.int64]  # (batch, context) the next token, IGNORED where the loss does not count it
+    targets: NDArray[
+        Any
+    ]  # (batch, context) int64, or as asked for: the next token, IGNORED where the loss does not count it
     record: NDArray[np.int64]  # (batch,) index into records
     start: NDArray[np.int64]  # (batch,) first base on the plus strand, 0-based, whichever strand is read
     minus: NDArray[np.bool_]  # (batch,) is the row the reverse complement?
@@ -51,11 +54,17 @@ class WindowSampler:
     """
 
     def __init__(
-        self, stretches: Stretches, context: int, batch_size: int, seed: int, reverse_complement: bool = False
+        self,
+        stretches: Stretches,
+        context: int,
+        batch_size: int,
+        seed: int,
+        reverse_complement: bool = False,
+        target_type: type[np.signedinteger[Any]] = np.int64,
     ) -> None:
         """``reverse_complement`` reads each window from the other strand with probability 1/2.
 
-        Raises InputError where no window fits.
+        ``target_type`` is that of the batches' targets. Raises InputError where no window fits.
         """
         if context < 1 or batch_size < 1:
             raise UsageError(f"context and batch size must be at least 1, not {context} and {batch_size}")
@@ -66,6 +75,7 @@ class WindowSampler:
         self.batch_size = batch_size
         self.seed = seed
         self.reverse_complement = reverse_complement
+        self.target_type = target_type
         self._record, self._first, counts = self._ranges()
         self._before = np.concatenate(([0], np.cumsum(counts)))  # starts before each range
 
@@ -111,7 +121,7 @@ class WindowSampler:
         start: NDArray[np.int64],
         minus: NDArray[np.bool_],
     ) -> WindowBatch:
-        targets = self.stretches.tokenizer.targets(window[:, 1:])
+        targets = self.stretches.tokenizer.targets(window[:, 1:], self.target_type)
         return WindowBatch(window[:, :-1].copy(), targets, record, start, minus, self.stretches.records)
 
 
@@ -130,11 +140,12 @@ class IntervalSampler(WindowSampler):
         batch_size: int,
         seed: int,
         reverse_complement: bool = False,
+        target_type: type[np.signedinteger[Any]] = np.int64,
         strict: bool = True,
     ) -> None:
         """``intervals`` with split "train" give windows. Raises InputError where none has room for one."""
         self._places = interval_starts(stretches.records, intervals, context + 1, strict)
-        super().__init__(stretches, context, batch_size, seed, reverse_complement)
+        super().__init__(stretches, context, batch_size, seed, reverse_complement, target_type)
 
     def _ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         places = self._places

@@ -82,7 +82,7 @@ class DnaLanguageTask:
         """Sum of the cross entropy in nats over the targets."""
         logits, _ = model(tensors["inputs"])
         return F.cross_entropy(
-            logits.flatten(0, 1).float(), tensors["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.flatten(0, 1).float(), tensors["targets"].flatten().long(), ignore_index=IGNORED, reduction="sum"
         )
 
     def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from mambagen.data.genome import Genome, Stretches
@@ -240,7 +241,7 @@ def _sampler(
     """What draws the training windows, and what of it a resumed run must share beyond length, rows, seed and strand."""
 
     def of(context: int, rows: int) -> WindowSampler:
-        common = (context, rows, config.seed, config.reverse_complement)
+        common = (context, rows, config.seed, config.reverse_complement, np.int8)  # bytes: there may be millions a step
         if config.windows == "intervals":
             return IntervalSampler(train_part, intervals, *common, strict=config.strict_split)
         return WindowSampler(train_part, *common)

@@ -104,3 +104,14 @@ def test_encoding_runs_at_200_megabases_a_second() -> None:
         tokenizer.encode(letters)
         seconds.append(time.perf_counter() - start)
     assert len(letters) / min(seconds) >= 200e6
+
+
+@pytest.mark.parametrize("n", ["ignore", "predict"])
+def test_targets_of_a_byte_are_those_of_eight(n: str) -> None:
+    tokenizer = DnaTokenizer(n=n)  # type: ignore[arg-type]
+    ids = np.random.default_rng(0).integers(0, 12, (5, 1001)).astype(np.uint8)
+    for part in (ids, ids[:, 1:]):
+        short = tokenizer.targets(part, np.int8)
+        assert short.dtype == np.int8
+        assert short.flags.writeable
+        assert np.array_equal(short, tokenizer.targets(part))
