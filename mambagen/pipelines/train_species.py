@@ -75,7 +75,7 @@ class TrainSpeciesConfig(TrainConfig):
     patch: int | None = Field(None, ge=1)  # bases a position; None: 32 for a bimamba of its own, else 1
     k: int = Field(7, ge=1, le=8)  # of the k-mers that a patch is made of
     context: int = Field(4096, ge=16)  # bases in the longest windows, which are the model's
-    shortest: int | None = Field(256, ge=16)  # steps have windows from this length to the context
+    shortest: int = Field(256, ge=16)  # steps have windows from this length, doubling, to the context
     length_warmup: int | None = Field(None, ge=16)  # length of the first windows, doubled in even stages
     batch_tokens: int = Field(65536, ge=16)
     by_record: Literal["bases", "uniform"] = "bases"  # how the records of a species are drawn
@@ -102,7 +102,7 @@ class TrainSpeciesConfig(TrainConfig):
 
     def plan(self) -> LengthPlan:
         """Lengths by step; UsageError for a length warmup that does not fit."""
-        shortest = None if self.shortest is None else min(self.shortest, self.context)
+        shortest = min(self.shortest, self.context)
         if self.batch_tokens < self.context:
             raise UsageError(
                 f"--batch-tokens {self.batch_tokens} is less than one window of --context {self.context} bases"
@@ -174,8 +174,6 @@ def resume_train_species(
     before = configure(TrainSpeciesConfig, run.config_file, {})
     kept = before.model_dump(exclude_none=True)
     config = validated(TrainSpeciesConfig, overlaid(kept, given), options, config_file)
-    if before.shortest is None and "shortest" not in given:
-        config = config.model_copy(update={"shortest": None})
     for name in FIXED:
         was, wanted = getattr(before, name), getattr(to_keep(config), name)
         if was != wanted:
@@ -386,7 +384,7 @@ def species_card(
     begun = f"from {Path(config.start_from).name}" if config.start_from else "from scratch"
     budget = f"{config.steps:,} steps" if config.steps else f"{config.minutes:g} minutes"
     recipe = (
-        f"`mambagen train-species` {begun}: species drawn uniformly, windows of {config.shortest or config.context} to "
+        f"`mambagen train-species` {begun}: species drawn uniformly, windows of {min(config.shortest, config.context)} to "
         f"{config.context} bases, {config.batch_tokens:,} bases a step, {budget}, AdamW with peak learning rate "
         f"{config.lr:g}, warmup {config.warmup:g} of the budget, cosine to zero, weight decay "
         f"{config.weight_decay:g}, dropout {config.dropout:g}, seed {config.seed}; the best on validation of ten "
