@@ -1,7 +1,7 @@
 """Held-out perplexity against parameters and against context, on real genomes: one run of some minutes on a GPU.
 
     python -m benchmarks.dna_scaling --data genomes/*.fa.gz --splits splits.bed --runs scaling --out scaling.json \\
-        --figure scaling.png [--tokens 268435456] [--device cuda]
+        --figure scaling.png [--tokens 134217728] [--device cuda]
 
 Two series through `pretrain_dna`, each model on the same number of tokens: the sizes 250k to 7m at a context of 1,024,
 then the 1.4m model at growing contexts with sequence-length warmup from 1,024. Every model is measured on all held-out
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--splits")
     parser.add_argument("--runs", required=True, help="folder of the runs")
-    parser.add_argument("--tokens", type=int, default=1 << 28)
+    parser.add_argument("--tokens", type=int, default=1 << 27)
     parser.add_argument("--valid-tokens", type=int, default=1 << 24)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
