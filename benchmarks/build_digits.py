@@ -26,15 +26,17 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mambagen.data.audio_files import read_audio
 from mambagen.data.audio_shards import AudioShards, prepare_shards
 from mambagen.data.audio_sources import ClipSource, find_clips
 from mambagen.data.quantise import MuLaw
-from mambagen.data.spoken_words import DIGITS
+from mambagen.data.spoken_words import DIGITS, SECOND
 from mambagen.errors import InterruptedRun
 from mambagen.models import load_model
 from mambagen.models.builtin import WEIGHTS_HOME
@@ -97,7 +99,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Shards of both phases in prepared/, each held against the same clips of people."""
     place = arguments.work / "prepared"
     clips = find_clips([arguments.data])
-    people = [clip for clip in clips if clip.label in DIGITS]
+    people = [one_second(clip) for clip in clips if clip.label in DIGITS]
     held_out = [clip for clip in people if clip.split == "valid"]
     words = [clip for clip in clips if clip.label not in DIGITS and clip.split == "train"]
     step = max(1, len(words) // WORDS)
@@ -116,6 +118,16 @@ def prepare(arguments: argparse.Namespace) -> None:
             print(f"{phase}: {counts}")
     size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     print(f"{place}: {size:,} bytes" + (f", more than the {CARRIED:,} that travel" if size > CARRIED else ""))
+
+
+def one_second(clip: ClipSource) -> ClipSource:
+    """Of a clip of more than a second the one with most energy: a window would cut the word anywhere."""
+    if clip.frames is None or clip.frames <= SECOND:
+        return clip
+    samples = read_audio(clip.path, None, start=clip.start, frames=clip.frames).samples
+    energy = np.concatenate([[0.0], np.cumsum(np.square(samples, dtype=np.float64))])
+    start = int((energy[SECOND:] - energy[:-SECOND]).argmax())
+    return replace(clip, start=clip.start + start, frames=SECOND)
 
 
 def speak(folder: Path, voices: int) -> list[ClipSource]:

@@ -302,10 +302,14 @@ class AudioVoice:
     ) -> None:
         """Take a stream back to before the fault and go on with another seed, until it is well or given up."""
         tokens, found = stream.tokens[:at], fault
+        stepper = self._begin([stream], prompt)
+        after_prompt = stepper.snapshot()
         for attempt in range(1, ATTEMPTS + 1):
             kept = tokens[: self.guard.go_back_to(len(tokens), found, self.quantiser.decode(tokens))]
             seed = stream_seed(config.seed, stream.index, stream.candidate, attempt)
-            stepper = self._begin([stream], np.concatenate((prompt, kept)))
+            stepper.restore(after_prompt)
+            if len(kept):
+                stepper.prefill(torch.from_numpy(kept.astype(np.int64))[None])
             tokens, stream.takes = kept, attempt + 1
             again: Fault | None = None
             while len(tokens) < steps and not again:

@@ -23,6 +23,7 @@ from mambagen.data.quantise import SILENCE, MuLaw
 from mambagen.data.spoken_words import DIGITS
 from mambagen.data.wav import to_int16, wav_header
 from mambagen.errors import InputError, UsageError
+from mambagen.models.audio_stepper import Stepper
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
 from mambagen.models.saving import save_model
 from mambagen.pipelines import generate_audio
@@ -166,22 +167,23 @@ def test_the_guard_goes_back_and_draws_anew(voice: AudioVoice, monkeypatch: pyte
         rows = [noise if seed == stream_seed(0, 1) and sum(heard) > 8000 else tone for seed in seeds]
         return np.stack([row[:steps] for row in rows])
 
-    begun: list[int] = []
-    begin = voice._begin
+    read: list[int] = []
+    prefill = Stepper.prefill
 
-    def started(streams: list[object], prompt: np.ndarray) -> object:
-        begun.append(len(prompt))
-        return begin(streams[:1], prompt[:1])  # type: ignore[arg-type]
+    def reading(self: Stepper, tokens: torch.Tensor | None = None, classes: object = None) -> torch.Tensor:
+        if tokens is not None:
+            read.append(tokens.shape[1])
+        return prefill(self, tokens, classes)  # type: ignore[arg-type]
 
     monkeypatch.setattr(voice, "_draw", draw)
-    monkeypatch.setattr(voice, "_begin", started)
+    monkeypatch.setattr(Stepper, "prefill", reading)
     said: list[str] = []
     clips = list(voice.clips(GenerateAudioConfig(seconds=1.0, count=2, classes=("1",)), warn=said.append))
     assert [clip.takes for clip in clips] == [1, 2]
     assert said == []
     assert clips[1].fault is None
     kept = 12_000 - 4000 - 1600  # noticed at 0.75 s: the window and a tenth of a second are dropped
-    assert begun == [0, kept]
+    assert read == [kept]
     assert {clip.seed for clip in clips} == first
     assert len(clips[1].tokens) == RATE
     np.testing.assert_array_equal(clips[1].tokens[kept:][:4000], tone[:4000])
