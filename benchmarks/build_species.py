@@ -1,6 +1,6 @@
 """Build the model `species` that comes with the package: choose species, train, calibrate, measure, write its folder.
 
-    python -m benchmarks.build_species --data genomes/ --splits splits.bed --run runs/species --steps 12000
+    python -m benchmarks.build_species --data genomes/ --splits splits.bed --run runs/species --steps 6000
     python -m benchmarks.build_species ... --run runs/species          # the same again goes on where it stopped
 
 The folder of genomes has a FASTA for each species; the splits are rows of record, start, end, split, species. Which
@@ -33,12 +33,12 @@ from mambagen.models.saving import model_writers
 from mambagen.models.species_classifier import SpeciesClassifier
 from mambagen.pipelines.species_data import SpeciesSource
 from mambagen.pipelines.species_figures import STREAM_OF_TRAINING, regression
+from mambagen.pipelines.species_report import species_card
 from mambagen.pipelines.species_task import ask
 from mambagen.pipelines.train_species import (
     TrainSpeciesConfig,
     TrainSpeciesResult,
     resume_train_species,
-    species_card,
     train_species,
 )
 from mambagen.training.progress import Progress
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of genomes")
     parser.add_argument("--splits", required=True, help="BED file")
     parser.add_argument("--run", type=Path, required=True, help="folder of the work, which a second call goes on with")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-baselines", action="store_true", help="leave out the regressions (minutes on a CPU)")

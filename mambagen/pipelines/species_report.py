@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambagen.data.species import SpeciesParts
+from mambagen.models.saving import model_card
 from mambagen.models.species_classifier import SpeciesClassifier
 from mambagen.pipelines.species_figures import Accuracy, Baseline, TestFigures
 from mambagen.reports.page import Page
 from mambagen.reports.training_page import add_curves, begin, finish
 from mambagen.reports.training_plots import accuracy_by_length, confusion, reliability
 from mambagen.training.checkpoint import Position
+
+if TYPE_CHECKING:
+    from mambagen.pipelines.train_species import TrainSpeciesConfig
 
 SHORTCUTS = ("share of N", "share of lower case", "composition")
 
@@ -143,3 +147,34 @@ def card_quality(figures: TestFigures | None, model: SpeciesClassifier) -> str:
         calibration,
     ]
     return "\n".join(lines)
+
+
+def species_card(
+    config: "TrainSpeciesConfig", parts: SpeciesParts, model: SpeciesClassifier, title: str, quality: str
+) -> str:
+    """The text of the model's README."""
+    sizes = ", ".join(
+        f"{name} {stretches.bases / 1e6:.2f} Mb" for name, stretches in zip(parts.species, parts.train, strict=True)
+    )
+    begun = f"from {Path(config.start_from).name}" if config.start_from else "from scratch"
+    budget = f"{config.steps:,} steps" if config.steps else f"{config.minutes:g} minutes"
+    recipe = (
+        f"`mambagen train-species` {begun}: species drawn uniformly, windows of "
+        f"{min(config.shortest, config.context)} to {config.context} bases, {config.batch_tokens:,} bases a step, "
+        f"{budget}, AdamW with peak learning rate "
+        f"{config.lr:g}, warmup {config.warmup:g} of the budget, cosine to zero, weight decay "
+        f"{config.weight_decay:g}, dropout {config.dropout:g}, seed {config.seed}; the best on validation of ten "
+        f"looks, calibrated on validation."
+    )
+    return model_card(
+        model,
+        title=title,
+        data=f"{config.source().title()}. Training sequence: {sizes}.",
+        licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
+        recipe=recipe,
+        quality=quality,
+        extra=(
+            "\n## Use\nProbabilities are among these species alone, each as likely beforehand; sequence of any other "
+            "species is given to one of them.\n"
+        ),
+    )

@@ -97,14 +97,17 @@ class SpeciesTask:
         return self._best.done
 
     def batch(self, step: int) -> Batch:
-        """The windows of a step; those that hold unknown bases are shorter, and padded."""
+        """The windows of a step; those that hold unknown bases are shorter, and padded.
+
+        Every batch has a mask, for a graph that was recorded with one must not be used without.
+        """
         length = self.plan.at(step, self.sampler.seed)
         drawn = self.sampler.draw(step, length, max(1, self.batch_tokens // length))
         labels = drawn.label
         if self.shuffled:
             words = np.random.Philox(key=[self.sampler.seed, step], counter=[0, 0, 3, STREAM]).random_raw(len(labels))
             labels = (words % np.uint64(len(self.sampler.names))).astype(np.int64)
-        tensors = padded(drawn.sequences()) | {"labels": torch.from_numpy(labels)}
+        tensors = padded(drawn.sequences(), always_mask=True) | {"labels": torch.from_numpy(labels)}
         return Batch(tensors, len(drawn), drawn.where())
 
     def stage(self, step: int) -> int:

@@ -23,13 +23,13 @@ from mambagen.models import MAMBA_SIZES, load_model
 from mambagen.models.encoders import count_parameters, match_parameters
 from mambagen.models.files import first_fault
 from mambagen.models.heads import Pooling, copy_encoder, encoder_of
-from mambagen.models.saving import model_card, save_model
+from mambagen.models.saving import save_model
 from mambagen.models.species_classifier import SpeciesClassifier, SpeciesConfig
 from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT
 from mambagen.pipelines.length_warmup import length_stages
 from mambagen.pipelines.species_data import SpeciesSource, lower_as_unknown
 from mambagen.pipelines.species_figures import Baseline, TestFigures, baselines, calibrate, measure_species
-from mambagen.pipelines.species_report import card_quality, write_report
+from mambagen.pipelines.species_report import card_quality, species_card, write_report
 from mambagen.pipelines.species_task import LengthPlan, SpeciesTask
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
 from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
@@ -371,34 +371,4 @@ def _train_and_report(
         seconds=result.position.seconds,
         tokens_per_second=result.tokens_per_second,
         stopped_early=task.done and result.position.step != config.steps,
-    )
-
-
-def species_card(
-    config: TrainSpeciesConfig, parts: SpeciesParts, model: SpeciesClassifier, title: str, quality: str
-) -> str:
-    """The text of the model's README."""
-    sizes = ", ".join(
-        f"{name} {stretches.bases / 1e6:.2f} Mb" for name, stretches in zip(parts.species, parts.train, strict=True)
-    )
-    begun = f"from {Path(config.start_from).name}" if config.start_from else "from scratch"
-    budget = f"{config.steps:,} steps" if config.steps else f"{config.minutes:g} minutes"
-    recipe = (
-        f"`mambagen train-species` {begun}: species drawn uniformly, windows of {min(config.shortest, config.context)} to "
-        f"{config.context} bases, {config.batch_tokens:,} bases a step, {budget}, AdamW with peak learning rate "
-        f"{config.lr:g}, warmup {config.warmup:g} of the budget, cosine to zero, weight decay "
-        f"{config.weight_decay:g}, dropout {config.dropout:g}, seed {config.seed}; the best on validation of ten "
-        f"looks, calibrated on validation."
-    )
-    return model_card(
-        model,
-        title=title,
-        data=f"{config.source().title()}. Training sequence: {sizes}.",
-        licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
-        recipe=recipe,
-        quality=quality,
-        extra=(
-            "\n## Use\nProbabilities are among these species alone, each as likely beforehand; sequence of any other "
-            "species is given to one of them.\n"
-        ),
     )
