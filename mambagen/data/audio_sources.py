@@ -76,10 +76,9 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def _folder(root: Path) -> list[ClipSource]:
     """All audio below a folder, divided by lists where it has them (Speech Commands), or by speakers' names."""
-    files = sorted(
-        (file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file() and not _hidden(file)),
-        key=lambda file: natural(str(file.relative_to(root))),
-    )
+    found = (file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    visible = (file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts))
+    files = sorted(visible, key=lambda file: natural(str(file.relative_to(root))))
     if not files:
         raise InputError.at(root, None, f"holds no audio files ({', '.join(SUFFIXES[:6])}, ...)")
     listed = _listed(root)
@@ -96,10 +95,6 @@ def _folder(root: Path) -> list[ClipSource]:
         speaker = speaker_of(file.name) if "_nohash_" in file.name else ""
         clips.append(ClipSource(file, str(file), label=file.parent.name, speaker=speaker, split=split))
     return clips
-
-
-def _hidden(file: Path) -> bool:
-    return file.name.startswith(".")
 
 
 def _listed(root: Path) -> dict[str, Split] | None:

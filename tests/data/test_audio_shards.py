@@ -39,6 +39,7 @@ def words(tmp_path: Path) -> Path:
             write(root / word / f"{speaker}_nohash_0.wav", sound(0.05 + 0.01 * s, 10 * w + s))
     write(root / "_background_noise_" / "hum.wav", sound(0.2))
     (root / "one" / ".aa01_nohash_9.wav").write_bytes(b"")
+    write(root / ".trash" / "one" / "zz99_nohash_0.wav", sound(0.1))
     (root / "validation_list.txt").write_text("one/bb02_nohash_0.wav\ntwo/bb02_nohash_0.wav\n")
     (root / "testing_list.txt").write_text("one/cc03_nohash_0.wav\n")
     return root

@@ -91,6 +91,16 @@ def test_a_model_of_sound_loads_with_its_quantiser(folder: Path) -> None:
     assert quantiser == MuLaw(classes=DIGITS)
 
 
+def test_progress_tells_clips_seconds_and_the_speed_against_real_time(voice: AudioVoice) -> None:
+    told: list[str] = []
+    config = GenerateAudioConfig(seconds=0.5, count=2, guard=False)
+    assert len(list(voice.clips(config, show=told.append))) == 2
+    assert [line.split(", ")[:2] for line in told] == [
+        ["0 of 2 clips", "0.50 of 1.00 s"], ["0 of 2 clips", "1.00 of 1.00 s"], ["2 of 2 clips", "1.00 of 1.00 s"],
+    ]  # fmt: skip
+    assert all(line.endswith(" x real time") and float(line.split(", ")[2].split()[0]) > 0 for line in told)
+
+
 def test_classes_are_taken_in_turn_or_drawn_by_the_seed(voice: AudioVoice) -> None:
     def labels(**settings: object) -> list[str]:
         return [label for label, _ in voice.plan(GenerateAudioConfig(**settings))]  # type: ignore[arg-type]

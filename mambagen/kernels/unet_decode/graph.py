@@ -100,7 +100,8 @@ def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]
         run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: in training, a thread that prepares batches may pin memory meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
