@@ -247,13 +247,17 @@ def test_a_stream_does_not_depend_on_the_batch_or_on_calls(guidance, precision):
         assert torch.equal(torch.cat(drawn, 1), expected[rows])
 
 
-def test_threads_do_not_change_the_numbers():
-    found = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.append(begun("cpu", 5, precision="bfloat16").draw(50, Sampling(), torch.arange(5)))
-    torch.set_num_threads(1)
-    assert torch.equal(*found)
+@pytest.mark.parametrize(("batch", "guidance"), [(5, None), (2, 2.0), (6, 2.0)], ids=["streams", "a pair", "pairs"])
+def test_threads_do_not_change_the_numbers(batch, guidance):
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        decoder = begun("cpu", batch, precision="bfloat16")
+        drawn = [decoder.draw(n, Sampling(), torch.arange(batch), guidance) for n in (1, 70, 40)]
+        found.append(torch.cat([torch.cat(drawn, 1).float(), decoder.logits], 1))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0], ids=["unguided", "guided"])
