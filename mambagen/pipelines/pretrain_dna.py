@@ -23,7 +23,7 @@ from mambagen.data.genome import Genome, Stretches
 from mambagen.data.intervals import Interval
 from mambagen.data.windows import IntervalSampler, StagedSampler, WindowSampler
 from mambagen.data_manifests import load_manifest, manifest_names
-from mambagen.errors import DivergedError, InterruptedRun, ModelError, UsageError
+from mambagen.errors import DivergedError, InputError, InterruptedRun, ModelError, UsageError
 from mambagen.models import MambaLM, load_model
 from mambagen.models.heads import MaskedLM
 from mambagen.models.mamba_block import MambaBlock
@@ -244,7 +244,13 @@ def _sampler(
         common = (context, rows, config.seed, config.reverse_complement, np.int8)  # bytes: there may be millions a step
         if config.windows == "intervals":
             return IntervalSampler(train_part, intervals, *common, strict=config.strict_split)
-        return WindowSampler(train_part, *common)
+        try:
+            return WindowSampler(train_part, *common)
+        except InputError as error:
+            if not any(row[3] == "train" for row in intervals):
+                raise
+            hint = "--windows intervals, whose windows may leave the training part"
+            raise InputError(f"{error}, or {hint}") from None
 
     order: list[Any] = ["intervals", config.strict_split] if config.windows == "intervals" else []
     stages = config.stages()

@@ -197,6 +197,7 @@ def test_windows_follow_a_bed_file_and_strictly_keep_away_from_what_it_holds_out
     code, _, err = pretrain(*data)
     assert code == 3
     assert "a context of 256 needs 257 bases in one piece" in err
+    assert "choose a context of 199 or less, or --windows intervals" in err
     code, _, err = pretrain("--data", fasta, "--windows", "intervals")
     assert code == 3
     assert "no train intervals" in err
