@@ -21,6 +21,10 @@ from tests.data.helpers import random_dna
 
 ENCODERS = {
     "patches": {"encoder": "bimamba", "encoder_config": {"d_model": 16, "n_layer": 2}, "patch": 8, "k": 3},
+    "equivariant": {
+        **{"encoder": "bimamba", "encoder_config": {"d_model": 16, "n_layer": 1}},
+        **{"patch": 8, "k": 3, "equivariant": True},
+    },
     "bases": {"encoder": "bimamba", "encoder_config": {"d_model": 16, "n_layer": 1}},
     "bigs": {"encoder": "bigs", "encoder_config": {"d_model": 16, "n_layer": 1}},
     "last": {"encoder": "mamba", "encoder_config": {"d_model": 16, "n_layer": 1}, "pooling": "last"},
@@ -81,6 +85,16 @@ def test_batch_and_padding_never_change_an_answer(kind: str) -> None:
         torch.testing.assert_close(model(padded, mask), together, atol=1e-6, rtol=0)
     assert (alone.argmax(1) >= 0).all()
     assert alone.std(0).min() > 0
+
+
+def test_both_strands_have_one_answer_where_that_is_asked_for() -> None:
+    text = random_dna(100, 5)
+    other = text.translate(str.maketrans("ACGT", "TGCA"))[::-1]
+    for kind, same in (("equivariant", True), ("patches", False)):
+        model = a_model(kind)
+        with torch.no_grad():
+            one, two = model(tokens(text)[None]), model(tokens(other)[None])
+        assert torch.allclose(one, two, atol=1e-6) == same
 
 
 def test_the_table_of_patches_is_trained_and_an_unread_embedding_is_not() -> None:
