@@ -22,8 +22,11 @@ from tests.data.helpers import random_dna
 ENCODERS = {
     "patches": {"encoder": "bimamba", "encoder_config": {"d_model": 16, "n_layer": 2}, "patch": 8, "k": 3},
     "equivariant": {
-        **{"encoder": "bimamba", "encoder_config": {"d_model": 16, "n_layer": 1}},
-        **{"patch": 8, "k": 3, "equivariant": True},
+        "encoder": "bimamba",
+        "encoder_config": {"d_model": 16, "n_layer": 1},
+        "patch": 8,
+        "k": 3,
+        "equivariant": True,
     },
     "bases": {"encoder": "bimamba", "encoder_config": {"d_model": 16, "n_layer": 1}},
     "bigs": {"encoder": "bigs", "encoder_config": {"d_model": 16, "n_layer": 1}},
