@@ -187,10 +187,19 @@ def train(arguments: argparse.Namespace) -> None:
     def over(number: int, frame: object) -> None:  # where the loop, which saves first, is not at work
         raise InterruptedRun("the part is over")
 
-    signal.signal(signal.SIGTERM, over)
+    before = signal.signal(signal.SIGTERM, over)
     stop = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     stop.daemon = True
     stop.start()
+    try:
+        train_phases(arguments, settings)
+    finally:
+        stop.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def train_phases(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Each phase that is not done, from where it stands."""
     budgets = {"spoken": arguments.spoken_minutes, "real": arguments.real_minutes}
     for phase in PHASES:
         if budgets[phase] <= 0 or (phase == "spoken" and arguments.from_export):
@@ -220,8 +229,7 @@ def train(arguments: argparse.Namespace) -> None:
         print(
             f"{phase}: {result.steps:,} steps, {result.samples:,} samples, {speed:,.0f} samples/s, loss {result.loss}"
         )
-        export(arguments, phase)
-    stop.cancel()
+    export(arguments, PHASES[-1])
     print("done: now python -m benchmarks.build_digits finish")
 
 

@@ -53,7 +53,7 @@ class AudioTask:
         """`evaluated(model, quick)` is called after each evaluation, outside of autocast.
 
         `best` is the folder of the model that did best in the looks on the way, written again when one is better than
-        `best_loss`, that of the looks before.
+        `best_loss`, that of the looks before; where there was none, it is the model of the end.
         """
         self.quantiser, self.identity, self.card = quantiser, dict(identity), card
         train, valid = shards["train"], shards["valid"]
@@ -114,7 +114,8 @@ class AudioTask:
             loss = total.item() / windows.targets
             figures = {"loss": loss, "bits_per_byte": loss * BITS, "targets": windows.targets}
             self.last_evaluation = figures
-            if quick and self._best and loss < self.best_loss:
+            better = loss < self.best_loss if quick else math.isinf(self.best_loss)  # figures of one kind are compared
+            if self._best and better:
                 self.best_loss = loss
                 write_folder_atomically(self._best, self.model_files(model), unlisted=[CARD], replace=True)
         if self._evaluated:

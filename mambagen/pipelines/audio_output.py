@@ -83,6 +83,7 @@ def stream_to(
     """The clips one after another as bytes, as they are made: little-endian 16-bit samples, or a WAV of them."""
     heard = voice.read_prompt(config)[1]  # before the header: a bad prompt writes nothing
     total = config.count * (len(heard) + max(1, round(config.seconds * voice.rate)))
+    voice.warm()
     if form == "wav":
         if 2 * total > WAV_LIMIT:
             raise UsageError("that is more than a WAV can hold (4 GB); use --format s16le")

@@ -166,6 +166,10 @@ class AudioVoice:
         self.guard = Guard(self.rate)
         self._states: dict[tuple[int, int], StageState] = {}
 
+    def warm(self) -> None:
+        """Have the compiled loop loaded, so that the first block of a stream takes no longer than the others."""
+        self._draw(self._begin([_Stream(0, 0, "", 0, 0)], np.zeros(0, np.uint8)), 1, [0], GenerateAudioConfig())
+
     # ---- what is asked for
 
     def plan(self, config: GenerateAudioConfig) -> list[tuple[str, int]]:
