@@ -29,7 +29,8 @@ SILENT = 10 ** (-60 / 20)  # no sample above -60 dBFS: nothing to be heard
 FULL_SCALE = 0.9995  # from here on a sample may be cut off; 16-bit sound ends at 0.99997, or at 0.9999 after MP3
 CLIPPED_RUN = 3  # samples in a row at full scale, of one sign, are no peak but a cut
 OPPOSITE = 0.2  # of the power that channels without relation would leave in their mean: with less they cancel
-_BLOCK, _SMALL_BLOCK = 1 << 20, 1 << 10  # frames read at once
+_BLOCKS = (1 << 20, 1 << 10, 1 << 4)  # frames read at once
+_UNKNOWN = 1 << 60  # frames from which on a header says that it does not know
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,20 @@ def read_audio(
         InputError: no file, a folder, empty, text, no audio, a header that is cut off, no samples, NaN.
     """
     info = audio_info(path)
-    wanted = max(0, _promised_frames(path, info) - start) if frames is None else frames
-    if limit_seconds is not None and wanted > limit_seconds * info.rate:
-        raise InputError.at(
-            path, None, f"is {wanted / info.rate:,.1f} s long; the limit is {limit_seconds:,.6g} s: cut it first"
-        )
-    warnings: list[AudioWarning] = []
-    channels = _read_frames(path, start, wanted, info)
+    promised = _promised_frames(path, info)
+    wanted = max(0, promised - start) if frames is None else frames
+    known = wanted < _UNKNOWN
+    at_most = wanted if limit_seconds is None else min(wanted, int(limit_seconds * info.rate) + 1)
+    channels = _read_frames(path, start, at_most, info)
     got = len(channels)
+    if limit_seconds is not None and (wanted if known else got) > limit_seconds * info.rate:
+        length = f"{wanted / info.rate:,.1f} s long" if known else "longer than that"
+        raise InputError.at(path, None, f"is {length}; the limit is {limit_seconds:,.6g} s: cut it first")
+    warnings: list[AudioWarning] = []
     if got == 0:
         where = f"from frame {start:,} on " if start else ""
         raise InputError.at(path, None, f"holds no samples {where}(its header says {info.frames:,} frames)")
-    if got < wanted:
+    if got < wanted and known:
         warnings.append(
             AudioWarning("truncated", f"truncated: {wanted:,} frames are promised, {got:,} are there; using those")
         )
@@ -213,11 +216,14 @@ def _riff_frames(path: Path) -> int | None:
 
 def _read_frames(path: str | Path, start: int, frames: int, info: AudioInfo) -> NDArray[np.float32]:
     """(frames, channels), or as many as the file has; a stream that breaks off ends there."""
-    if start >= info.frames:
-        return np.zeros((0, info.channels), np.float32)
-    blocks, fault = _blocks(path, start, frames, _BLOCK)
-    if fault:  # what came before the fault in its block is lost with it: once more, in small blocks
-        blocks, fault = _blocks(path, start, frames, _SMALL_BLOCK)
+    blocks: list[NDArray[np.float32]] = []
+    fault = ""
+    if start < info.frames:
+        for size in _BLOCKS:  # what came before a fault in its block is lost with it: from there on in smaller ones
+            got = sum(map(len, blocks))
+            fault = _read_blocks(path, start, got, frames, size, blocks)
+            if not fault:
+                break
     if fault and not blocks:
         raise InputError.at(path, None, f"its sound cannot be decoded ({fault}); take another copy")
     if not blocks:
@@ -225,24 +231,27 @@ def _read_frames(path: str | Path, start: int, frames: int, info: AudioInfo) -> 
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-def _blocks(path: str | Path, start: int, frames: int, size: int) -> tuple[list[NDArray[np.float32]], str]:
-    """The blocks up to the end or the first fault, and what that was."""
+def _read_blocks(
+    path: str | Path, start: int, got: int, frames: int, size: int, blocks: list[NDArray[np.float32]]
+) -> str:
+    """Append blocks, after those that were got before, up to the end or the first fault; returns what that was."""
     import soundfile
 
-    blocks: list[NDArray[np.float32]] = []
     with _opened(path) as file:
         try:
             if start:
                 file.seek(start)
-            while frames > 0:
-                block = file.read(min(frames, size), dtype="float32", always_2d=True)
+            for at in range(0, got, _BLOCKS[0]):
+                file.read(min(_BLOCKS[0], got - at), dtype="float32")
+            while got < frames:
+                block = file.read(min(frames - got, size), dtype="float32", always_2d=True)
                 if not len(block):
                     break
                 blocks.append(block)
-                frames -= len(block)
+                got += len(block)
         except soundfile.LibsndfileError as error:
-            return blocks, error.error_string.rstrip(".").strip()
-    return blocks, ""
+            return str(error.error_string).rstrip(".").strip()
+    return ""
 
 
 def _ogg_ends(path: str | Path) -> bool:
