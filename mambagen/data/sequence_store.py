@@ -16,7 +16,7 @@ from mambagen.data.dna_tokens import DnaTokenizer, reverse_complement
 from mambagen.data.fasta_stream import stream_pieces
 from mambagen.errors import InputError, ResourceError, UsageError
 
-IN_MEMORY = 32 << 20  # bases up to which there is no temporary file
+IN_MEMORY = 8 << 20  # bases up to which there is no temporary file
 
 
 @dataclass(frozen=True)
