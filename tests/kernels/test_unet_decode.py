@@ -18,6 +18,7 @@ from mambagen.kernels.unet_decode import (
     graph,
     make_decoder,
 )
+from mambagen.kernels.unet_decode.cpu import _Pace
 from mambagen.kernels.unet_decode.cpu_matrix import matrix_product, pack_pairs, pack_panels, unpack_pairs
 from mambagen.kernels.unet_decode.reference import ReferenceDecoder, draw_tokens
 from tests.kernels.test_cpu_vectors import loops_with
@@ -253,11 +254,23 @@ def test_threads_do_not_change_the_numbers(batch, guidance):
     for count in (1, 2, 4):
         torch.set_num_threads(count)
         decoder = begun("cpu", batch, precision="bfloat16")
+        decoder._pace.choose = lambda count=count: count > 1
         drawn = [decoder.draw(n, Sampling(), torch.arange(batch), guidance) for n in (1, 70, 40)]
         found.append(torch.cat([torch.cat(drawn, 1).float(), decoder.logits], 1))
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_the_faster_way_is_taken_and_the_other_tried_now_and_then():
+    pace, taken = _Pace(), []
+    for _ in range(45):
+        taken.append(pace.choose())
+        pace.learn(taken[-1], 2.0 if taken[-1] else 1.0)
+    assert taken[:2] == [False, True]  # each once
+    assert [i for i, team in enumerate(taken) if team] == [1, 19, 39]
+    pace.learn(False, 3.0)
+    assert pace.choose()
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0], ids=["unguided", "guided"])

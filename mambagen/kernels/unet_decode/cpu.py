@@ -9,6 +9,7 @@ pairs, all threads go from sample to sample together (cpu_team.py) and take one 
 # mypy: disallow-untyped-defs=False
 
 import math
+import time
 from enum import IntEnum, auto
 
 import torch
@@ -26,6 +27,7 @@ from mambagen.kernels.mamba_decode.cpu_team import (
     OVER,
     end,
     finished,
+    give_way,
     is_alone,
     look,
     phase_of,
@@ -37,6 +39,9 @@ from mambagen.kernels.mamba_decode.cpu_team import (
 from mambagen.kernels.unet_decode import DecoderState, LayerWeights, Sampling, UNetWeights
 from mambagen.kernels.unet_decode.cpu_matrix import PANEL_BYTES, matrix_product, pack_pairs, pack_panels, whole
 
+LEAST_TIMED = 100  # steps of a run by which the pace is judged
+RETRY = 20  # runs after which the slower way is tried once more
+IDLE = 1000  # looks in vain, some tens of microseconds
 MOST_IN_TEAM = 1 << 8  # streams that a board can count
 GROUP = 32  # streams of a task at most: their activations stay in the second-level cache
 
@@ -170,14 +175,18 @@ def _lead(p, scratch):
 
 @njit
 def _help(p, scratch):
-    """Another thread of a team."""
-    board = get(p, P.TEAM)
+    """Another thread of a team; one that finds nothing to do for long gives way to the machine's other work."""
+    board, idle = get(p, P.TEAM), 0
     while True:
         word = look(board)
         if word == OVER:
             return
         s = take(board, word)
+        idle += 1
+        if idle > IDLE:
+            give_way()
         if s >= 0:
+            idle = 0
             _step(p, s, 1, phase_of(word), scratch)
             finished(board)
 
@@ -383,6 +392,7 @@ class CpuDecoder:
         self._head_bias = F.pad(weights.head_bias.float(), (0, vocabulary - self._vocabulary))
         self._logits = torch.zeros(batch, vocabulary)
         self._bias = F.pad(torch.zeros(self._vocabulary), (0, vocabulary - self._vocabulary), value=-math.inf)
+        self._pace = _Pace()
         self._board = torch.zeros(BOARD_BYTES, dtype=torch.uint8)
         self._epsilon = weights.epsilon
         self._multiplications = sum(level.weights.numel() for level in self._levels)
@@ -436,7 +446,8 @@ class CpuDecoder:
         numbers = torch.tensor([self._epsilon, sampling.inverse_temperature, sampling.top_p, strength])
         steps, threads = tokens.shape[1], torch.get_num_threads()
         group = min(GROUP, math.ceil(self.batch / threads))
-        team = guidance is not None and self.batch // 2 < threads and 1 < self.batch <= MOST_IN_TEAM and threads > 1
+        may_team = guidance is not None and self.batch // 2 < threads and self.batch <= MOST_IN_TEAM and threads > 1
+        team = may_team and self._pace.choose()
         if guidance is not None:
             group += group % 2  # a pair is one task's
         logits_row = 4 * self._logits.shape[1]
@@ -480,8 +491,30 @@ class CpuDecoder:
             scratch += group * size
         self._board[:8].zero_()  # what was learnt of the machine's other work stays
         tasks = min(threads, self.batch) if team else math.ceil(self.batch / group)
+        start = time.perf_counter()
         decode_kernel.run(parameters, tasks, scratch, steps * self.batch * self._multiplications)
+        if may_team and steps >= LEAST_TIMED:
+            self._pace.learn(team, (time.perf_counter() - start) / steps)
         self._position += steps
+
+
+class _Pace:
+    """Whether a team is faster than one thread here and now: on a busy machine its threads wait for one another."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, float] = {}  # a step of the last run, by a team or not
+        self._runs = 0
+
+    def choose(self) -> bool:
+        """The faster way; now and then the other, as the machine's other work changes."""
+        if len(self._seconds) < 2:
+            return False in self._seconds
+        faster = self._seconds[True] < self._seconds[False]
+        return faster != (self._runs % RETRY == RETRY - 1)
+
+    def learn(self, team: bool, seconds: float) -> None:
+        self._seconds[team] = seconds
+        self._runs += 1
 
 
 class _Level:
