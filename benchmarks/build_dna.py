@@ -1,6 +1,6 @@
 """Build the model `dna` that comes with the package: train on genomes, round to bfloat16, measure, write its folder.
 
-    python -m benchmarks.build_dna --data genomes/ --splits splits.bed --run runs/dna --part-minutes 9
+    python -m benchmarks.build_dna --data genomes/ --splits splits.bed --run runs/dna --part-minutes 7
     python -m benchmarks.build_dna ... --run runs/dna          # the same again goes on where it stopped
 
 The folder of genomes has a FASTA for each species; the splits are rows of record, start, end, split, species. A part
