@@ -13,15 +13,15 @@ def builtin_models() -> list[str]:
 
 
 def find_model(name_or_folder: Path | str) -> Path:
-    """The folder of a model: the one that is named, or else the built-in one of that name.
+    """The folder of a model: the one that is named, if it holds a model, or else the built-in one of that name.
 
     Raises:
         ModelError: there is neither.
     """
     folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
     names = builtin_models()
+    if (folder / "config.json").exists() or (folder.is_dir() and str(name_or_folder) not in names):
+        return folder  # which may be damaged: that is said when it is read
     if str(name_or_folder) in names:
         return WEIGHTS_HOME / str(name_or_folder)
     if folder.exists():

@@ -1,0 +1,29 @@
+"""Models that come with the package are found by name, folders by path."""
+
+from pathlib import Path
+
+import pytest
+
+from mambagen.errors import ModelError
+from mambagen.models.builtin import WEIGHTS_HOME, builtin_models, find_model
+
+
+def test_the_judge_is_built_in() -> None:
+    assert "digit-judge" in builtin_models()
+    assert find_model("digit-judge") == WEIGHTS_HOME / "digit-judge"
+
+
+def test_a_folder_of_that_name_counts_where_it_holds_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digit-judge").mkdir()  # somebody's sounds
+    assert find_model("digit-judge") == WEIGHTS_HOME / "digit-judge"
+    Path("digit-judge/config.json").write_text("{}")
+    assert find_model("digit-judge") == Path("digit-judge")
+
+
+def test_what_is_not_there_is_an_error_that_names_what_is(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no such model folder.*digit-judge"):
+        find_model(tmp_path / "nothing")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match="is a file"):
+        find_model(tmp_path / "file")
