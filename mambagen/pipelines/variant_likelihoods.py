@@ -39,6 +39,7 @@ from mambagen.pipelines.sequence_classification import batches_of_like_length
 Tokens = NDArray[np.uint8]
 
 CONTEXT, AFTER = 1024, 256
+KEPT = 1 << 24  # values of the reference that are held at once, at most
 STRIDE = 64  # bases between two places where rows may begin: half of it is read again for an ALT, on average
 
 
@@ -102,6 +103,8 @@ class VariantScorer:
         cells: dict[tuple[int, int], _Cell] = {}
         number = 0
         for site in sites:
+            if not site.alternates:
+                continue
             length = site.record.length
             start, end = (length - site.end, length - site.start) if minus else (site.start, site.end)
             behind = min(length, end + self.after)
@@ -115,9 +118,13 @@ class VariantScorer:
         return list(cells.values())
 
     def _batches(self, cells: Sequence[_Cell]) -> Iterator[list[_Cell]]:
-        rows = max(1, self.model.batch_tokens // self.context)
-        for at in range(0, len(cells), rows):
+        """Cells that are read side by side; fewer where an allele is so long that the widest would fill the memory."""
+        at = 0
+        while at < len(cells):
+            widest = cells[at].end - cells[at].anchor
+            rows = max(1, min(self.model.batch_tokens // self.context, KEPT // widest))
             yield list(cells[at : at + rows])
+            at += rows
 
     def _run(self, store: SequenceStore, cells: Sequence[_Cell], minus: bool, out: NDArray[np.float64]) -> None:
         """Score the sites of some cells, which are sorted by length, the longest first."""
