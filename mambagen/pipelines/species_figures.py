@@ -20,7 +20,8 @@ from mambagen.pipelines.species_task import Answers, ask
 Z95 = 1.959963984540054
 BINS = 10  # of the reliability diagram
 CALIBRATION_BASES = 1 << 19  # of a species and length
-SHUFFLES, STUDENT = 10, 2.262  # of labels, and the 97.5 % quantile with nine degrees of freedom
+BASELINE_BASES = 1 << 22  # of a species and length, to fit a regression on
+SHUFFLES, STUDENT = 10, 3.250  # of labels, and the 99.5 % quantile with nine degrees of freedom
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of regularisation, among which validation chooses
 STREAM_OF_TRAINING = 1 << 40  # a step that no training reaches
 
@@ -240,7 +241,7 @@ def baselines(
 
     Args:
         lower: the same genomes read with lower-case letters as N, or None to leave that check out.
-        train_per_species: windows of each species, fewer where the windows are long.
+        train_per_species: windows of each species; of long ones those of four million bases, but at least 20.
     """
     found = []
     for length in sorted(lengths):
@@ -250,7 +251,7 @@ def baselines(
             continue
         names = [name for i, name in enumerate(parts.species) if _has_windows(parts, i, length)]
         some = parts.only(names)
-        rows = max(20, min(train_per_species, (1 << 22) // length)) * len(names)
+        rows = max(20, min(train_per_species, BASELINE_BASES // length)) * len(names)
         sampler = SpeciesSampler(some.train, some.species, seed, reverse_complement=False)
         train = sampler.draw(STREAM_OF_TRAINING, length, rows)
         train = _with_labels(train, np.array([parts.species.index(name) for name in names])[train.label])
@@ -287,7 +288,7 @@ def shuffled_control(
     test: DrawnWindows,
     seed: int,
 ) -> Accuracy:
-    """The mean accuracy of regressions on shuffled labels, and the 95 % interval of that mean (Student).
+    """The mean accuracy of regressions on shuffled labels, and the 99 % interval of that mean (Student).
 
     One shuffle says little: where species form clusters, all windows of one are called alike, rightly or not.
     """

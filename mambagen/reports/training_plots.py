@@ -94,6 +94,7 @@ def accuracy_by_length(series: Mapping[str, Sequence[tuple[int, float, float, fl
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     _finish(axes, "bases of a record", "accuracy")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
