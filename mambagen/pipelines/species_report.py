@@ -87,9 +87,9 @@ def _add_test(page: Page, classes: Sequence[str], figures: TestFigures, found: S
             ["regression on", "bases", "accuracy", "95 % interval", "interval of guessing", "remark"],
             [_baseline_row(baseline) for baseline in found],
             caption="Logistic regressions, fitted on training windows, their strength chosen on validation windows, "
-            "measured on the same test windows; of long windows there are few to fit on. The interval of shuffled labels "
-            "is that of the mean over ten shuffles, at 99 %. The model sees neither N (unknown bases are left out of its "
-            "windows) nor case.",
+            "measured on the same test windows; of long windows there are few to fit on. The interval of shuffled "
+            "labels is that of the mean over ten shuffles, at 99 %. The model sees neither N (unknown bases are left "
+            "out of its windows) nor case.",
         )
     page.heading("Confusions")
     page.figure(
