@@ -58,16 +58,18 @@ class Made:
 def read_prompts(given: str | None) -> list[Prompt]:
     """Prompts of a command line: a FASTA or GenBank file, ``-`` for stdin, the letters themselves, or none.
 
+    U is read as T. A record without letters is a prompt of none.
+
     Raises InputError for a file that cannot be read, or text that is neither.
     """
     if given is None:
         return [Prompt("generated", b"")]
     if given == "-" or Path(given).exists():
-        return [Prompt(record.id, record.sequence.tobytes()) for record in read_records(given)]
+        return [Prompt(r.id, r.sequence.tobytes()) for r in read_records(given, rna=True, keep_empty=True)]
     letters = given.encode("utf-8")
     if not letters or letters.translate(None, IUPAC_CODES):
         raise InputError(f"--prompt {given[:40]}: no such file, and no DNA sequence")
-    return [Prompt("prompt", letters)]
+    return [Prompt("prompt", letters.translate(bytes.maketrans(b"Uu", b"Tt")))]
 
 
 def generate_dna(

@@ -31,7 +31,7 @@ from mambagen.pipelines.variant_likelihoods import AFTER, CONTEXT, Site, Variant
 
 LLR, FORWARD, REVERSE, SKIPPED = "MAMBAGEN_LLR", "MAMBAGEN_LLR_FWD", "MAMBAGEN_LLR_REV", "MAMBAGEN_SKIPPED"
 OWN = (LLR, FORWARD, REVERSE, SKIPPED)
-LINES_AT_ONCE = 1 << 15
+LINES_AT_ONCE = 1024  # at least; an eighth of a batch's tokens where that is more, which a GPU needs to be busy
 CHARACTERS_AT_ONCE = 1 << 26  # of lines that are held; a line may carry thousands of genotypes
 
 Said = Callable[[int, int], None]  # told how many lines are done, and of how many
@@ -145,6 +145,7 @@ def score_lines(job: VariantJob, scorer: VariantScorer, said: Said | None = None
     """Every line of the VCF, in order, with its scores."""
     held: list[VcfLine] = []
     size = done = 0
+    at_once = max(LINES_AT_ONCE, scorer.model.batch_tokens // 8)
 
     def scored() -> Iterator[ScoredLine]:
         asked = [job.site(line) for line in held]
@@ -160,7 +161,7 @@ def score_lines(job: VariantJob, scorer: VariantScorer, said: Said | None = None
     for line in job.vcf:
         held.append(line)
         size += sum(map(len, line.columns))
-        if len(held) == LINES_AT_ONCE or size > CHARACTERS_AT_ONCE:
+        if len(held) == at_once or size > CHARACTERS_AT_ONCE:
             yield from scored()
             done += len(held)
             if said:

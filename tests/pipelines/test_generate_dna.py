@@ -66,6 +66,9 @@ def test_temperature_0_and_top_k_1_take_the_likeliest_base_each_time() -> None:
 def test_prompts_are_letters_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.fa").write_text(">x one\nACGT\nAC\n>y\nGG\n")
     assert read_prompts(str(tmp_path / "p.fa")) == [Prompt("x", b"ACGTAC"), Prompt("y", b"GG")]
+    (tmp_path / "e.fa").write_text(">x\n>y\nGUu\n")
+    assert read_prompts(str(tmp_path / "e.fa")) == [Prompt("x", b""), Prompt("y", b"GTt")]
+    assert read_prompts("ACUU") == [Prompt("prompt", b"ACTT")]
     assert read_prompts("acgN") == [Prompt("prompt", b"acgN")]
     assert read_prompts(None) == [Prompt("generated", b"")]
 

@@ -257,6 +257,25 @@ def test_bad_files_and_places(genome: Path, folder: Path, capfdbinary) -> None:
     assert run(capfdbinary, "v.vcf", "--fasta", genome, "--model", "nowhere")[0] == 4
 
 
+def test_scores_do_not_depend_on_how_many_lines_are_held(genome: Path, folder: Path, capfdbinary, monkeypatch) -> None:
+    from mambagen.pipelines import score_variants as pipeline
+
+    rows = [row(at, DNA[at - 1], a_base_other_than(DNA[at - 1])) for at in range(2, 200, 9)]
+    (genome.parent / "v.vcf").write_text(HEAD + "".join(rows))
+    arguments = ["v.vcf", "--fasta", genome, "--model", folder, "--context", 64, "--after", 20, "--batch-tokens", 512]
+    _, together, _ = run(capfdbinary, *arguments)
+    monkeypatch.setattr(pipeline, "LINES_AT_ONCE", 1)
+    monkeypatch.setattr(pipeline, "CHARACTERS_AT_ONCE", 1)
+    code, apart, _ = run(capfdbinary, *arguments)
+    assert code == 0
+    values = [
+        [float(line.split("MAMBAGEN_LLR=")[1].split(";")[0]) for line in text.splitlines() if line[0] != "#"]
+        for text in (together, apart)
+    ]
+    assert len(values[0]) == len(rows)
+    np.testing.assert_allclose(values[0], values[1], atol=2e-4)
+
+
 def test_a_vcf_without_variants_is_its_header(genome: Path, folder: Path, capfdbinary) -> None:
     (genome.parent / "v.vcf").write_text(HEAD)
     code, out, _ = run(capfdbinary, "v.vcf", "--fasta", genome, "--model", folder)
