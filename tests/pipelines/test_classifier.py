@@ -206,7 +206,7 @@ def test_usage_and_models_that_do_not_fit(run: Run, data: tuple[Path, Path, Path
     code, _, err = run("train-classifier", "--data", data[0], "--encoder", "bert", "--config", "bad.toml")
     assert code == 2
     code, _, err = run("classify", "nowhere", data[0])
-    assert (code, "no such folder" in err) == (4, True)
+    assert (code, "no such model folder" in err) == (4, True)
     config = heads.EncoderModelConfig(encoder="bert", encoder_config={"d_model": 16, "n_layer": 1})
     save_model(heads.MaskedLM(config, seed=0), tmp_path / "masked", DnaTokenizer().model_dump(mode="json"), "card")
     code, _, err = run("classify", "masked", data[0])
