@@ -1,8 +1,10 @@
 """The judge at work: clips to features and probabilities, in batches, kept in a cache by the content of the clips."""
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from torch import Tensor
 
 from mambagen.data.mel import LogMel, MelSettings
 from mambagen.data.whole_file import whole_file
@@ -82,27 +85,30 @@ class DigitJudge:
         """Names of the classes, in the order of the probabilities."""
         return self.model.digits
 
-    @torch.no_grad()
     def judge(self, clips: NDArray[np.float32], done: Callable[[int], None] | None = None) -> Judged:
         """Features and probabilities of clips (N, samples); the result does not depend on the batch beyond rounding.
 
         Args:
             done: is told how many clips are done.
         """
-        features, scores = [], []
-        for at in range(0, len(clips), self.batch):
-            samples = torch.from_numpy(clips[at : at + self.batch]).to(self.device)
-            pictures = self.log_mel(samples)
-            found = self.model.features(pictures)
-            features.append(found.cpu())
-            scores.append(self.model.scores(found).double().cpu())
-            if done is not None:
-                done(min(at + self.batch, len(clips)))
-        if not features:
+        if not len(clips):
             empty = np.zeros((0, self.model.config.feature_size), np.float32)
             return Judged(empty, np.zeros((0, len(self.digits))), np.zeros(0, np.float32))
-        log_p, is_digit = digit_log_probabilities(torch.cat(scores), len(self.digits))
-        return Judged(torch.cat(features).numpy(), log_p.numpy(), is_digit.float().numpy())
+        starts = range(0, len(clips), self.batch)
+        found = []
+        with _map(self.device, len(starts)) as each:
+            for at, part in zip(starts, each(lambda at: self._batch(clips[at : at + self.batch]), starts), strict=True):
+                found.append(part)
+                if done is not None:
+                    done(min(at + self.batch, len(clips)))
+        features, scores = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+        log_p, is_digit = digit_log_probabilities(scores, len(self.digits))
+        return Judged(features.numpy(), log_p.numpy(), is_digit.float().numpy())
+
+    @torch.no_grad()
+    def _batch(self, clips: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+        features = self.model.features(self.log_mel(torch.from_numpy(clips).to(self.device)))
+        return features.cpu(), self.model.scores(features).double().cpu()
 
     def judge_cached(self, clips: NDArray[np.float32], done: Callable[[int], None] | None = None) -> Judged:
         """The same, kept in the cache folder under the hash of judge and clips; a cache that fails costs only time."""
@@ -118,6 +124,24 @@ class DigitJudge:
         judged = self.judge(clips, done)
         _keep(file, judged)
         return judged
+
+
+@contextlib.contextmanager
+def _map(device: torch.device, batches: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` for batches; on a CPU they are spread over the cores, each by one thread.
+
+    The network is so small that threads inside an operation mostly wait for one another: where other programs keep the
+    cores busy they make it slower than one thread is.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or batches == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            yield workers.map
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fingerprint_of(folder: Path | str) -> str:

@@ -398,3 +398,22 @@ def test_the_built_in_judge_comes_whole_and_small_with_its_statistics_and_does_n
     assert (judge.judge(0.3 * hum).is_digit < 0.5).mean() > 0.8
     told = list(find_faults(noise, judge.judge(noise), reference.moments, DIGITS))
     assert told[0].startswith("Noise or other sound: the judge takes 40 of 40 clips")
+
+
+def test_batches_on_several_cores_give_the_same_in_the_same_order() -> None:
+    clips = np.stack([np.pad(word(n % 10, n), (0, RATE))[:RATE] for n in range(13)])
+    judge = DigitJudge(device="cpu", batch=4)
+    before = torch.get_num_threads()
+    told: list[int] = []
+    try:
+        torch.set_num_threads(2)
+        many = judge.judge(clips, told.append)
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        one = judge.judge(clips)
+    finally:
+        torch.set_num_threads(before)
+    assert told == [4, 8, 12, 13]
+    np.testing.assert_allclose(many.features, one.features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(many.log_p, one.log_p, rtol=1e-4, atol=1e-5)
+    assert len(judge.judge(clips[:0])) == 0
