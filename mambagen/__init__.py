@@ -39,6 +39,8 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Any, A
             return model, load_quantiser(config["quantiser"])
         except ValidationError as error:
             raise ModelError(f"{where}: quantiser: {first_fault(error)}") from None
+    if config["kind"] == "digit-classifier":
+        raise ModelError(f"{where}: holds a judge of sounds; open it with mambagen.pipelines.sc09_judge.DigitJudge")
     try:
         tokenizer = DnaTokenizer.model_validate(config["tokenizer"])
     except ValidationError as error:

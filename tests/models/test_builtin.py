@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import mambagen
 from mambagen.errors import ModelError
 from mambagen.models.builtin import WEIGHTS_HOME, builtin_models, find_model
 
@@ -27,3 +28,19 @@ def test_what_is_not_there_is_an_error_that_names_what_is(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("x")
     with pytest.raises(ModelError, match="is a file"):
         find_model(tmp_path / "file")
+
+
+def test_the_judge_is_opened_by_its_own_class() -> None:
+    with pytest.raises(ModelError, match="DigitJudge"):
+        mambagen.load("digit-judge")
+
+
+def test_the_built_in_species_tell_the_embedded_human_pieces() -> None:
+    from mambagen.data_manifests import resolve_dna
+    from mambagen.pipelines.classify_species import SpeciesReader
+
+    human = [path for path in resolve_dna(("demo",)) if "hg38" in str(path)]
+    rows = list(SpeciesReader("species").files(human))
+    assert [row.species for row in rows] == ["human", "human"]
+    assert rows[0].probability is not None
+    assert rows[0].probability > 0.99
