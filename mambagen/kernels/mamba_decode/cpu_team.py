@@ -7,7 +7,6 @@ a unit of a phase that is over.
 
 # mypy: disallow-untyped-defs=False
 
-import os
 import platform
 from typing import Any
 
@@ -147,19 +146,6 @@ def relax(typing: Any) -> Any:
         elif arm:
             kind = ir.FunctionType(ir.VoidType(), [I32])
             builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint"), [I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def give_way(typing: Any) -> Any:
-    """Lets another thread have the processor, where one waits for it (on POSIX systems; elsewhere nothing)."""
-    posix = hasattr(os, "sched_yield")
-
-    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        if posix:
-            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield"), [])
         return context.get_dummy_value()
 
     return types.void(), generate

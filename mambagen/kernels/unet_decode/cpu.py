@@ -2,14 +2,12 @@
 
 A level is described by a row of numbers in memory (`L`), so that one loop serves all. cpu_matrix.py has the products,
 mamba_decode's cpu_steps.py the rest of a layer, cpu_draw.py the draw. Threads take streams, as many at a time as share
-the reading of the weights. With guidance the two streams of a pair draw one token; where there are more threads than
-pairs, all threads go from sample to sample together (cpu_team.py) and take one stream each.
+the reading of the weights.
 """
 
 # mypy: disallow-untyped-defs=False
 
 import math
-import time
 from enum import IntEnum, auto
 
 import torch
@@ -22,27 +20,9 @@ from mambagen.kernels.cpu_memory import BYTES, broadcast, claim, load, load_int,
 from mambagen.kernels.cpu_simd import fma
 from mambagen.kernels.mamba_decode.cpu_draw import draw_token
 from mambagen.kernels.mamba_decode.cpu_steps import conv_step, load_float, rms_norm, scan_step
-from mambagen.kernels.mamba_decode.cpu_team import (
-    BOARD_BYTES,
-    OVER,
-    end,
-    finished,
-    give_way,
-    is_alone,
-    look,
-    phase_of,
-    publish,
-    take,
-    units_left,
-    wait,
-)
 from mambagen.kernels.unet_decode import DecoderState, LayerWeights, Sampling, UNetWeights
 from mambagen.kernels.unet_decode.cpu_matrix import PANEL_BYTES, matrix_product, pack_pairs, pack_panels, whole
 
-LEAST_TIMED = 100  # steps of a run by which the pace is judged
-RETRY = 20  # runs after which the slower way is tried once more
-IDLE = 1000  # looks in vain, some tens of microseconds
-MOST_IN_TEAM = 1 << 8  # streams that a board can count
 GROUP = 32  # streams of a task at most: their activations stay in the second-level cache
 
 
@@ -79,7 +59,6 @@ class P(Number):
     TOKENS = auto()  # (batch, steps) int64: read, or written
     DRAW = auto()  # 0: read; 1: draw; 2: draw for pairs of streams
     AFTER = auto()  # (batch, steps, LOGITS_ROW) or 0: logits after each token
-    TEAM = auto()  # the board (cpu_team.py) where all threads step the same samples, or 0
 
 
 class L(IntEnum):
@@ -132,12 +111,6 @@ TABLE_ROW = 8 * len(L)
 def decode(p):
     thread = claim(p + NEXT_THREAD)
     scratch = load_int(p + SCRATCH) + thread * load_int(p + SCRATCH_BYTES)
-    if get(p, P.TEAM):
-        if thread == 0:
-            _lead(p, scratch)
-        else:
-            _help(p, scratch)
-        return
     tasks = load_int(p + TASKS)
     while True:
         task = claim(p + NEXT_TASK)
@@ -146,55 +119,13 @@ def decode(p):
         first = task * get(p, P.GROUP)
         streams = min(get(p, P.GROUP), get(p, P.BATCH) - first)
         for step in range(get(p, P.STEPS)):
-            _choose_tokens(p, first, streams, step, scratch)
             _step(p, first, streams, step, scratch)
 
 
 @njit
-def _lead(p, scratch):
-    """The first thread of a team: draws the tokens of a sample, then steps streams like the others."""
-    board, streams = get(p, P.TEAM), get(p, P.BATCH)
-    for step in range(get(p, P.STEPS)):
-        _choose_tokens(p, 0, streams, step, scratch)
-        if is_alone(board):
-            for s in range(streams):
-                _step(p, s, 1, step, scratch)
-            continue
-        publish(board, step, streams)
-        while True:
-            word = look(board)
-            if units_left(word) == 0:
-                break
-            s = take(board, word)
-            if s >= 0:
-                _step(p, s, 1, step, scratch)
-                finished(board)
-        wait(board, streams)
-    end(board)
-
-
-@njit
-def _help(p, scratch):
-    """Another thread of a team; one that finds nothing to do for long gives way to the machine's other work."""
-    board, idle = get(p, P.TEAM), 0
-    while True:
-        word = look(board)
-        if word == OVER:
-            return
-        s = take(board, word)
-        idle += 1
-        if idle > IDLE:
-            give_way()
-        if s >= 0:
-            idle = 0
-            _step(p, s, 1, phase_of(word), scratch)
-            finished(board)
-
-
-@njit
 def _step(p, first, streams, step, scratch):
-    """A token for each stream is read: the logits of the next, and whatever levels are due."""
-    _embed(p, first, streams, step, scratch)
+    """A token for each stream, the logits of the next, and whatever levels are due."""
+    _choose_tokens(p, first, streams, step, scratch)
     place = get(p, P.POSITION) + step
     level = get(p, P.TABLE)
     for i in range(get(p, P.LEVELS)):
@@ -215,15 +146,16 @@ def _step(p, first, streams, step, scratch):
 
 @njit
 def _choose_tokens(p, first, streams, step, scratch):
-    """Draws a token for each stream, unless they are given."""
-    logits_row, numbers, draw = get(p, P.LOGITS_ROW), get(p, P.NUMBERS), get(p, P.DRAW)
-    if draw == 0:
-        return
-    inverse_temperature, top_p = load_float(numbers + 4), load_float(numbers + 8)
+    """A token for each stream, and its embedding as the residual stream."""
+    row, logits_row, numbers = load_int(get(p, P.TABLE) + L.WIDTH_ROW), get(p, P.LOGITS_ROW), get(p, P.NUMBERS)
+    inverse_temperature, top_p, draw = load_float(numbers + 4), load_float(numbers + 8), get(p, P.DRAW)
     guided, token = scratch + 2 * logits_row, 0
     for s in range(streams):
+        where = get(p, P.TOKENS) + ((first + s) * get(p, P.STEPS) + step) * 8
         logits = get(p, P.LOGITS) + (first + s) * logits_row
-        if draw == 1 or s % 2 == 0:
+        if draw == 0:
+            token = load_int(where)
+        elif draw == 1 or s % 2 == 0:
             if draw == 2:
                 for i in range(0, logits_row, BYTES):
                     free = load(logits + logits_row + i)
@@ -242,19 +174,11 @@ def _choose_tokens(p, first, streams, step, scratch):
                 scratch,
                 scratch + logits_row,
             )
-        store_int(get(p, P.TOKENS) + ((first + s) * get(p, P.STEPS) + step) * 8, token)
-
-
-@njit
-def _embed(p, first, streams, step, scratch):
-    """The tokens' embeddings as the residual stream."""
-    row = load_int(get(p, P.TABLE) + L.WIDTH_ROW)
-    for s in range(streams):
-        token = load_int(get(p, P.TOKENS) + ((first + s) * get(p, P.STEPS) + step) * 8)
-        embedding, condition = get(p, P.EMBEDDING) + token * row, get(p, P.CONDITION) + (first + s) * row
-        residual = scratch + get(p, P.RESIDUAL) + s * row
+        if draw:
+            store_int(where, token)
+        residual, condition = scratch + get(p, P.RESIDUAL) + s * row, get(p, P.CONDITION) + (first + s) * row
         for i in range(0, row, BYTES):
-            store(residual + i, load(embedding + i) + load(condition + i))
+            store(residual + i, load(get(p, P.EMBEDDING) + token * row + i) + load(condition + i))
 
 
 @njit
@@ -392,8 +316,6 @@ class CpuDecoder:
         self._head_bias = F.pad(weights.head_bias.float(), (0, vocabulary - self._vocabulary))
         self._logits = torch.zeros(batch, vocabulary)
         self._bias = F.pad(torch.zeros(self._vocabulary), (0, vocabulary - self._vocabulary), value=-math.inf)
-        self._pace = _Pace()
-        self._board = torch.zeros(BOARD_BYTES, dtype=torch.uint8)
         self._epsilon = weights.epsilon
         self._multiplications = sum(level.weights.numel() for level in self._levels)
 
@@ -446,8 +368,6 @@ class CpuDecoder:
         numbers = torch.tensor([self._epsilon, sampling.inverse_temperature, sampling.top_p, strength])
         steps, threads = tokens.shape[1], torch.get_num_threads()
         group = min(GROUP, math.ceil(self.batch / threads))
-        may_team = guidance is not None and self.batch // 2 < threads and self.batch <= MOST_IN_TEAM and threads > 1
-        team = may_team and self._pace.choose()
         if guidance is not None:
             group += group % 2  # a pair is one task's
         logits_row = 4 * self._logits.shape[1]
@@ -473,7 +393,6 @@ class CpuDecoder:
             P.TOKENS: tokens.data_ptr(),
             P.DRAW: 0 if seeds is None else 1 if guidance is None else 2,
             P.AFTER: 0 if after is None else after.data_ptr(),
-            P.TEAM: self._board.data_ptr() if team else 0,
         }
         scratch = 3 * logits_row
         rows = {name: max(level.row[name] for level in self._levels) for name in (L.WIDTH_ROW, L.ROW, L.MIXED_ROW)}
@@ -489,32 +408,9 @@ class CpuDecoder:
         ):
             parameters[name] = scratch
             scratch += group * size
-        self._board[:8].zero_()  # what was learnt of the machine's other work stays
-        tasks = min(threads, self.batch) if team else math.ceil(self.batch / group)
-        start = time.perf_counter()
+        tasks = math.ceil(self.batch / group)
         decode_kernel.run(parameters, tasks, scratch, steps * self.batch * self._multiplications)
-        if may_team and steps >= LEAST_TIMED:
-            self._pace.learn(team, (time.perf_counter() - start) / steps)
         self._position += steps
-
-
-class _Pace:
-    """Whether a team is faster than one thread here and now: on a busy machine its threads wait for one another."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[bool, float] = {}  # a step of the last run, by a team or not
-        self._runs = 0
-
-    def choose(self) -> bool:
-        """The faster way; now and then the other, as the machine's other work changes."""
-        if len(self._seconds) < 2:
-            return False in self._seconds
-        faster = self._seconds[True] < self._seconds[False]
-        return faster != (self._runs % RETRY == RETRY - 1)
-
-    def learn(self, team: bool, seconds: float) -> None:
-        self._seconds[team] = seconds
-        self._runs += 1
 
 
 class _Level:
