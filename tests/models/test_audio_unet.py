@@ -136,8 +136,8 @@ def test_the_last_token_is_used_and_none_is_seen_ahead(model):
         other = tokens.clone()
         other[0, place] = (other[0, place] + 99) % 256
         changed, _ = model(other, None, classes_for(model))
-        torch.testing.assert_close(changed[0, :place], whole[0, :place], rtol=0, atol=1e-6)
-        torch.testing.assert_close(changed[1], whole[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(changed[0, :place], whole[0, :place], rtol=0, atol=1e-5)
+        torch.testing.assert_close(changed[1], whole[1], rtol=0, atol=1e-5)
         assert (changed[0, place] - whole[0, place]).abs().max() > 1e-4
 
 
