@@ -18,7 +18,11 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
+#if defined(DTYPE) && DTYPE == 0
+typedef float T;
+#else
 typedef u16 T;
+#endif
 #define LOG2E 1.4426950408889634f
 #define FULL 0xffffffffu
 #define __device__
@@ -175,13 +179,13 @@ inline u32 shared_address(const void* p) {
 inline u32 in_block(u32 address, u32 rank) { return (address & 0xffffff) | rank << 24; }
 inline u8* resolve(u32 address) { return machine.blocks[address >> 24].memory + (address & 0xffffff); }
 
-struct Barrier { int bytes; short pending; u8 count, phase; };
+struct Barrier { int bytes; short pending; u16 count : 15, phase : 1; };
 static_assert(sizeof(Barrier) == 8, "");
 inline void check(Barrier* b) {
   if (b->pending < 0) fail("more arrivals than a barrier's count");
   if (b->pending == 0 && b->bytes == 0) b->phase ^= 1, b->pending = b->count;
 }
-inline void barrier_init(u64* bar, u32 count) { *(Barrier*)bar = {0, (short)count, (u8)count, 0}; }
+inline void barrier_init(u64* bar, u32 count) { *(Barrier*)bar = {0, (short)count, (u16)count, 0}; }
 inline void barrier_init_done() {}
 inline void barrier_arrive(u64* bar) { Barrier* b = (Barrier*)bar; b->pending--; check(b); }
 inline void barrier_expect(u64* bar, u32 bytes) { Barrier* b = (Barrier*)bar; b->bytes += bytes, b->pending--; check(b); }
@@ -214,13 +218,19 @@ inline float ex2(float v) { return exp2f(v); }
 inline float rsqrt_of(float v) { return 1 / sqrtf(v); }
 inline float sigmoid(float v) { return 1 / (1 + expf(-v)); }
 inline float softplus(float v) { return v > 0 ? v + log1pf(expf(-v)) : log1pf(expf(v)); }
-inline u16 from_float(float v) {
+inline u16 to_bf16(float v) {
   u32 bits = __float_as_uint(v);
   if (std::isnan(v)) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+#if defined(DTYPE) && DTYPE == 0
+inline float from_float(float v) { return v; }
+inline float to_float(float v) { return v; }
+#else
+inline u16 from_float(float v) { return to_bf16(v); }
 inline float to_float(u16 v) { return bf16(v); }
-inline u32 pack_bf16(float low, float high) { return from_float(low) | (u32)from_float(high) << 16; }
+#endif
 
 // ---- a launch: clusters one after the other; 0, or 1 after a deadlock or a misuse (stderr says which)
 

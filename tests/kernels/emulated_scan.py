@@ -1,0 +1,87 @@
+"""Candidates for the CUDA scan's backward on a host processor, compiled by the system's C++ compiler."""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from benchmarks.backward_candidates import FOLDER, shared_bytes, warps_of
+from mambagen.kernels.selective_scan import cuda
+from tests.kernels.emulated_decoder import COMPILER
+
+HERE = Path(__file__).parent
+SHARED_BYTES = 227 << 10
+LAUNCHERS = """
+extern "C" int emulate(const Parameters* p, int x, int y, int z, int shared_bytes, u32 seed) {
+  gridDim = {(u32)x, (u32)y, (u32)z};
+  copies.assign(32 * WARPS, {});
+  named_block = 0xffffffff;
+  return launch(x * y * z, 1, 32 * WARPS, shared_bytes, seed, [=] { scan_backward(*p); });
+}
+extern "C" void emulate_sums(const Reduction* p, int blocks) {
+  gridDim = {(u32)blocks, 1, 1};
+  machine = Machine();
+  machine.fibers.resize(1);
+  machine.current = &machine.fibers[0];
+  for (int i = 0; i < 256 * blocks; i++) {
+    machine.block_index.x = i / 256;
+    machine.current->thread.x = i % 256;
+    add_partials(*p);
+  }
+}
+"""
+
+
+class EmulatedKernel:
+    """A kernel whose launches run in the emulator."""
+
+    def __init__(self, name: str, file: str, function: str, options: tuple[tuple[str, int], ...]) -> None:
+        assert file == "cuda_backward.cu", "only the backward of one chunk is emulated"
+        values = {key: int(value) for key, value in options}
+        values["WARPS"], values["RING"] = warps_of(name, values["WARPS"]), 3
+        self.name, self.function, self.values = name, function, values
+
+    def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes) -> None:
+        library = _library(self.name, tuple(self.values.items()))
+        if self.function == "add_partials":
+            library.emulate_sums(parameters, grid[0])
+            return
+        memory = shared_bytes(self.name, self.values, 4 if self.values["DTYPE"] == 0 else 2)
+        assert memory <= SHARED_BYTES
+        failed = library.emulate(parameters, *grid, memory, 0)
+        assert failed == 0, "the emulator stopped the kernel (its message is on stderr)"
+
+
+@contextlib.contextmanager
+def emulated(name: str) -> Iterator[None]:
+    """`cuda.backward` on CPU tensors by a candidate, while it lasts."""
+
+    def kernel(file: str, function: str, device: int | None, options: tuple[tuple[str, int], ...]) -> EmulatedKernel:
+        return EmulatedKernel(name, file, function, options)
+
+    with mock.patch.object(cuda, "_kernel", kernel), mock.patch.object(cuda, "_multiprocessors", return_value=1):
+        yield
+
+
+@functools.cache
+def _library(name: str, options: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    assert COMPILER is not None
+    files = [HERE / "cluster_emulator.h", HERE / "scan_emulator.h", FOLDER / f"{name}.cu"]
+    text = "".join(file.read_text() for file in files) + LAUNCHERS
+    defines = [f"-D{key}={value}" for key, value in options]
+    key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"mambagen-emulated-scan-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            source, built = Path(scratch) / "scan.cpp", Path(scratch) / "scan.so"
+            source.write_text(text)
+            command = [COMPILER, "-O1", "-std=c++17", "-w", "-shared", "-fPIC", *defines, str(source), "-o", str(built)]
+            subprocess.run(command, check=True)
+            shutil.move(str(built), str(target))
+    return ctypes.CDLL(str(target))
