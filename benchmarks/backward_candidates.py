@@ -3,8 +3,8 @@
     python -m benchmarks.backward_candidates [--out candidates.json]
 
 candidates/backward_one_warp.cu takes its sums on tensor cores (1,458 instructions a warp and tile of 8 steps instead of
-1,883); in backward_two_warps.cu two warps share 16 channels, so that twice as many run side by side; the _shared one
-keeps h in shared memory and spills nothing at 128 registers. None is used by the package before it is measured to be
+1,883); in backward_two_warps.cu two warps share 16 channels, so that twice as many run side by side, and with H_SHARED
+they keep h in shared memory and spill nothing at 128 registers. None is used by the package before it is measured to be
 faster; tests/kernels/test_backward_candidates.py holds them to float64 on a host.
 """
 
@@ -23,11 +23,16 @@ from mambagen.kernels.nvrtc import Kernel
 from mambagen.kernels.selective_scan import cuda
 
 FOLDER = Path(__file__).parent / "candidates"
-NAMES = ("backward_one_warp", "backward_two_warps", "backward_two_warps_shared")
+NAMES = ("backward_one_warp", "backward_two_warps")
 SETTINGS = {
     "backward_one_warp": [{"RING": 3, "MIN_BLOCKS": 1}, {"RING": 4, "MIN_BLOCKS": 1}],
-    "backward_two_warps": [{"RING": 3, "MIN_BLOCKS": 2}, {"RING": 4, "MIN_BLOCKS": 2}, {"RING": 3, "MIN_BLOCKS": 1}],
-    "backward_two_warps_shared": [{"RING": 3, "MIN_BLOCKS": 2}, {"RING": 3, "MIN_BLOCKS": 1}],
+    "backward_two_warps": [
+        {"RING": 3, "MIN_BLOCKS": 2, "H_SHARED": 0},
+        {"RING": 4, "MIN_BLOCKS": 2, "H_SHARED": 0},
+        {"RING": 3, "MIN_BLOCKS": 1, "H_SHARED": 0},
+        {"RING": 3, "MIN_BLOCKS": 2, "H_SHARED": 1},
+        {"RING": 3, "MIN_BLOCKS": 1, "H_SHARED": 1},
+    ],
 }
 in_use = cuda._kernel
 
@@ -35,7 +40,12 @@ in_use = cuda._kernel
 def source(name: str) -> str:
     """A candidate with what it includes."""
     prelude = Path(cuda.__file__).parent.parent / "prelude.cuh"
-    return "".join(path.read_text() for path in (prelude, FOLDER / "additions.cuh", FOLDER / f"{name}.cu"))
+    return "".join(path.read_text() for path in (prelude, FOLDER / "additions.cuh", *kernel_files(name)))
+
+
+def kernel_files(name: str) -> tuple[Path, Path]:
+    """A candidate's own source, which a host can compile too."""
+    return FOLDER / "common.cuh", FOLDER / f"{name}.cu"
 
 
 def warps_of(name: str, warps: int) -> int:
@@ -50,7 +60,7 @@ def shared_bytes(name: str, v: dict[str, int], size: int) -> int:
         own, owners = 2 * stage + 512 * tensors, v["WARPS"]
     else:
         own, owners = 2 * stage + 512 * tensors + 2048 + 1536, v["WARPS"] // 2
-        own += 8192 if name.endswith("_shared") else 0
+        own += 8192 if v["H_SHARED"] else 0
     return owners * own + v["RING"] * (8192 + owners * 1280 + 16) + 512 + 64
 
 
@@ -121,7 +131,7 @@ def main() -> None:
                 row["ms"] = graph_ms(lambda t=t, dy=dy, saved=saved: gradients(t, dy, saved))  # type: ignore[misc]
             except RuntimeError as error:
                 row["failed"] = str(error).splitlines()[0][:80]
-            rows.append({**dict.fromkeys(("shape", "kernel", "RING", "MIN_BLOCKS", "repeats")), **row})
+            rows.append({**dict.fromkeys(("shape", "kernel", "RING", "MIN_BLOCKS", "H_SHARED", "repeats")), **row})
             print(rows[-1], flush=True)
         cuda._kernel = in_use
         del t, saved, dy, expected

@@ -8,29 +8,6 @@
 // channels (dB, dC) take two products: one brings the channels across the lanes of a row, one adds those up.
 // The block's warps share B and C (float32) and add up each other's dB, dC in fixed order; they hand over by mbarriers in
 // a ring of RING tiles, so a warp may run a tile ahead of the slowest.
-struct Parameters {
-  const T *x, *dt, *z, *B, *C, *dy;
-  const float *A, *D, *bias, *saved, *dfinal, *ends;
-  const u8* resets;
-  T *dx, *ddt, *dz;
-  float *dBC, *sums, *dinitial;
-  i64 x_batch, x_row, dt_batch, dt_row, z_batch, z_row, B_batch, B_row, C_batch, C_row, dy_batch, dy_row, dz_batch, dz_row;
-  i64 length;
-  int channels, groups, chunk, chunks;
-};
-
-#define CHANNELS 16
-#define ROW_COPIES (CHANNELS * (int)sizeof(T) / 16)
-#define AHEAD (RING / 2)  // tiles that B and C are brought ahead
-
-#define TENSORS (3 + HAS_Z)
-static_assert(TILE == 8, "the 8 steps of a tile are the 8 columns of a tensor-core product");
-#define PARTIAL_ROW 40  // 32 sums; rows that differ by up to 3 lie in different banks
-
-struct __align__(16) Stage {
-  float h[16][CHANNELS];
-  T rows[TENSORS][TILE][CHANNELS];  // x, dt, dy, z
-};
 struct __align__(16) Warp {
   Stage stage[2];
   float dt[TILE][CHANNELS], dtx[TILE][CHANNELS], dy[TILE][CHANNELS];
@@ -45,36 +22,6 @@ struct __align__(16) Shared {
   float partial[RING][WARPS][TILE][PARTIAL_ROW];
   u64 ready[RING], done[RING];
 };
-
-// The column of step r in products, so that a lane ends with steps q and q + 4.
-__device__ __forceinline__ constexpr int column_of(int r) { return 2 * (r & 3) + (r >> 2); }
-__device__ __forceinline__ i64 position(i64 s, i64 length) { return REVERSE ? length - 1 - s : s; }
-
-// ---- sums by tensor cores
-
-// Factors have 10 bits behind the point; the hardware cuts the others off. That is less than the rounding of 16-bit
-// elements, and RESTORE takes its mean away (2^-11 times the mean of 1/m over mantissas m). float32 elements are split in
-// two factors and lose nothing that matters.
-#define SPLIT (DTYPE == 0)
-#define RESTORE (SPLIT ? 1.f : 1.000352f)
-
-__device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-
-// sum (16 x 8) += a (16 x 8) b (8 x 8); A_EXACT, B_EXACT: the factor has no more than 10 bits.
-template <bool A_EXACT, bool B_EXACT>
-__device__ __forceinline__ void multiply(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-  if (SPLIT && !B_EXACT) {
-    const float c0 = high_part(b0), c1 = high_part(b1);
-    multiply_tf32(sum, a0, a1, a2, a3, b0 - c0, b1 - c1);
-    b0 = c0, b1 = c1;
-  }
-  if (SPLIT && !A_EXACT) {
-    const float c0 = high_part(a0), c1 = high_part(a1), c2 = high_part(a2), c3 = high_part(a3);
-    multiply_tf32(sum, a0 - c0, a1 - c1, a2 - c2, a3 - c3, b0, b1);
-    a0 = c0, a1 = c1, a2 = c2, a3 = c3;
-  }
-  multiply_tf32(sum, a0, a1, a2, a3, b0, b1);
-}
 
 // total (16 rows x 8 steps) += in the column of `step` (1 there, 0 elsewhere) the sums of v over the lanes of equal q.
 // v: a lane's states 4q .. 4q+3. Rows hold the states in the order of `state_of_row`. unit: the left factor that copies row
@@ -92,50 +39,6 @@ __device__ __forceinline__ void add_channels(float (&total)[4], const float (&v)
   }
   multiply_tf32(total, a, b, step);
 }
-
-// The block's common work is shared out by rows of a tile: warp w brings rows w, w + WARPS, ... of B and C and adds up
-// the same rows of all warps' dB and dC.
-#define ROWS (TILE / WARPS)
-struct Server {
-  const T* from;  // row ``warp`` of the tile that is fetched next; lanes 0-7 of a half warp hold B's pairs of states, 8-15 C's
-  float* to;      // row `warp` of the tile that is added up next
-  i64 from_tile, from_row, to_tile, to_row;  // towards later tiles, which means earlier steps, and to the next row of a warp
-  int warp, lane;
-  Pair next[(ROWS + 1) / 2];
-
-  // A warp fetches two rows at once. left: rows of the tile.
-  __device__ __forceinline__ void fetch(int left) {
-#pragma unroll
-    for (int j = 0; j < (ROWS + 1) / 2; j++) {
-      const int row = 2 * j + (lane >> 4);
-      next[j] = Pair();
-      if ((ROWS % 2 == 0 || row < ROWS) && row * WARPS + warp < left) next[j] = *(const Pair*)(from + 2 * j * from_row);
-    }
-    from += from_tile;
-  }
-  __device__ __forceinline__ void bring(float (*BC)[2][8][16]) {
-    const int n = (lane & 7) * 2, which = lane >> 3 & 1;
-#pragma unroll
-    for (int j = 0; j < (ROWS + 1) / 2; j++) {
-      const int row = 2 * j + (lane >> 4), r = row * WARPS + warp;
-      if (ROWS % 2 == 0 || row < ROWS) *(float2*)&BC[r][which][column_of(r)][n] = widen(next[j]);
-    }
-  }
-  __device__ __forceinline__ void add_up(const float (*partial)[TILE][PARTIAL_ROW], int left) {
-#pragma unroll
-    for (int j = 0; j < ROWS; j++) {
-      const int r = j * WARPS + warp;
-      float sum = partial[0][r][lane];
-#pragma unroll
-      for (int v = 1; v < WARPS; v++) sum += partial[v][r][lane];
-      if (r < left) to[j * to_row] = sum;
-    }
-    to += to_tile;
-  }
-};
-
-// A number that the compiler keeps instead of computing it again from the thread's index.
-__device__ __forceinline__ int kept(int v) { return __shfl_sync(FULL, v, threadIdx.x & 31); }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backward(const __grid_constant__ Parameters p) {
   u8* const memory = dynamic_shared();
@@ -224,10 +127,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     const bool is_C = lane & 8;
     const i64 row = is_C ? p.C_row : p.B_row, start = position(last + (lane >> 4) * WARPS + warp, p.length);
     server.from = (is_C ? p.C + batch * p.C_batch : p.B + batch * p.B_batch) + group * 16 + start * row + (lane & 7) * 2;
-    server.from_tile = -way * TILE * row, server.from_row = way * WARPS * row;
+    server.from_tile = (int)(-way * TILE * row), server.from_row = (int)(way * WARPS * row);
     server.to = p.dBC + ((batch * gridDim.x + blockIdx.x) * p.length + position(last + warp, p.length)) * 32 +
                 (lane & 16) + state_of_row(lane & 15);
-    server.to_tile = -way * TILE * 32, server.to_row = way * WARPS * 32;
+    server.to_tile = (int)(-way * TILE * 32), server.to_row = (int)(way * WARPS * 32);
     server.warp = warp, server.lane = lane;
   }
   const int last_left = (int)(end - last);
@@ -267,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
       const int next = slot + AHEAD >= RING ? slot + AHEAD - RING : slot + AHEAD;
       if (it + AHEAD >= RING) {
         barrier_wait(&sh.done[next], (it + AHEAD - RING) / RING & 1);
-        server.add_up(sh.partial[next], it + AHEAD == RING ? last_left : TILE);
+        server.add_up<WARPS>(sh.partial[next], it + AHEAD == RING ? last_left : TILE);
       }
       server.bring(sh.BC[next]);
       __syncwarp();
@@ -444,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
   }
   for (int it = max(tiles - RING, 0); it < tiles; it++) {
     barrier_wait(&sh.done[it % RING], it / RING & 1);
-    server.add_up(sh.partial[it % RING], it ? TILE : last_left);
+    server.add_up<WARPS>(sh.partial[it % RING], it ? TILE : last_left);
   }
 
   // (batch * chunks, 18, channels): dA by state, then dD and the gradient of the step's bias
@@ -467,31 +370,4 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     *(float2*)&sums[(i64)16 * p.channels + own_pair] = sum_D;
     *(float2*)&sums[(i64)17 * p.channels + own_pair] = sum_bias;
   }
-}
-
-// dB and dC: the blocks' partial sums of a group, added in order. One thread four neighbours of (batch, position, 32).
-struct Reduction {
-  const float* partial;  // (batch, blocks, length, 32)
-  T *dB, *dC;            // (batch, length, groups, 16)
-  i64 length, total;     // total: batch * length * groups * 8
-  int blocks, groups;
-};
-extern "C" __global__ void __launch_bounds__(256) add_partials(const __grid_constant__ Reduction p) {
-  i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
-  if (i >= p.total) return;
-  int k = (int)(i & 7) * 4;
-  i64 row = i >> 3;
-  int group = (int)(row % p.groups);
-  i64 at = row / p.groups, batch = at / p.length, t = at % p.length;
-  int per = p.blocks / p.groups;
-  const float* from = p.partial + ((batch * p.blocks + group * per) * p.length + t) * 32 + k;
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-  for (int j = 0; j < per; j++) {
-    float4 v = *(const float4*)(from + (i64)j * p.length * 32);
-    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-  }
-  T* to = (k < 16 ? p.dB : p.dC) + row * 16 + (k & 15);
-  constexpr float restore = RESTORE * RESTORE;
-  store_pair(to, sum.x * restore, sum.y * restore);
-  store_pair(to + 2, sum.z * restore, sum.w * restore);
 }

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.backward_candidates import FOLDER, shared_bytes, warps_of
+from benchmarks.backward_candidates import kernel_files, shared_bytes, warps_of
 from mambagen.kernels.selective_scan import cuda
 from tests.kernels.emulated_decoder import COMPILER
 
@@ -41,10 +41,13 @@ extern "C" void emulate_sums(const Reduction* p, int blocks) {
 class EmulatedKernel:
     """A kernel whose launches run in the emulator."""
 
-    def __init__(self, name: str, file: str, function: str, options: tuple[tuple[str, int], ...]) -> None:
+    def __init__(
+        self, name: str, setting: dict[str, int], file: str, function: str, options: tuple[tuple[str, int], ...]
+    ) -> None:
         assert file == "cuda_backward.cu", "only the backward of one chunk is emulated"
         values = {key: int(value) for key, value in options}
-        values["WARPS"], values["RING"] = warps_of(name, values["WARPS"]), 3
+        values |= setting
+        values["WARPS"] = warps_of(name, values["WARPS"])
         self.name, self.function, self.values = name, function, values
 
     def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes) -> None:
@@ -59,20 +62,20 @@ class EmulatedKernel:
 
 
 @contextlib.contextmanager
-def emulated(name: str) -> Iterator[None]:
-    """`cuda.backward` on CPU tensors by a candidate, while it lasts."""
+def emulated(name: str, setting: dict[str, int]) -> Iterator[None]:
+    """`cuda.backward` on CPU tensors by a candidate with these macros, while it lasts."""
 
     def kernel(file: str, function: str, device: int | None, options: tuple[tuple[str, int], ...]) -> EmulatedKernel:
-        return EmulatedKernel(name, file, function, options)
+        return EmulatedKernel(name, setting, file, function, options)
 
-    with mock.patch.object(cuda, "_kernel", kernel), mock.patch.object(cuda, "_multiprocessors", return_value=1):
+    with mock.patch.object(cuda, "_kernel", kernel), mock.patch.object(cuda, "processors", return_value=1):
         yield
 
 
 @functools.cache
 def _library(name: str, options: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     assert COMPILER is not None
-    files = [HERE / "cluster_emulator.h", HERE / "scan_emulator.h", FOLDER / f"{name}.cu"]
+    files = [HERE / "cluster_emulator.h", HERE / "scan_emulator.h", *kernel_files(name)]
     text = "".join(file.read_text() for file in files) + LAUNCHERS
     defines = [f"-D{key}={value}" for key, value in options]
     key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.backward_candidates import NAMES as NAMES_OF_CANDIDATES
 from mambagen.kernels import selective_scan
 from mambagen.kernels.selective_scan import cuda
 from tests.kernels.emulated_decoder import AVAILABLE
@@ -12,6 +11,11 @@ from tests.kernels.emulated_scan import emulated
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the emulator needs a C++ compiler on x86-64 Linux")
 STATE, TILE = 16, cuda.SAVE_EVERY
+CANDIDATES = {
+    "one warp": ("backward_one_warp", {"RING": 3}),
+    "two warps": ("backward_two_warps", {"RING": 3, "H_SHARED": 0}),
+    "two warps, h shared": ("backward_two_warps", {"RING": 3, "H_SHARED": 1}),
+}
 NAMES = ("dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dinitial_state")
 # fp32: the rounding of sums. bfloat16: half a unit in the last place, and of sums of whole columns what tf32 leaves.
 TOLERANCE = {torch.float32: dict.fromkeys(NAMES, 1e-6), torch.bfloat16: dict.fromkeys(NAMES, 2.2e-3)}
@@ -45,9 +49,9 @@ def saved_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, options
     ],
     ids=["two tiles", "reverse", "groups", "resets", "no gate"],
 )
-@pytest.mark.parametrize("name", NAMES_OF_CANDIDATES)
+@pytest.mark.parametrize("candidate", CANDIDATES)
 def test_a_candidate_gives_the_gradients_of_the_reference(
-    name: str,
+    candidate: str,
     batch: int,
     length: int,
     channels: int,
@@ -76,7 +80,7 @@ def test_a_candidate_gives_the_gradients_of_the_reference(
 
     options = {"initial_state": initial.double(), "dt_bias": bias.double(), "resets": cut, "reverse": reverse}
     saved = saved_states(x.double(), dt.double(), A.double(), B.double(), C.double(), options)
-    with emulated(name):
+    with emulated(*CANDIDATES[candidate]):
         found = cuda.backward(
             dy, dfinal, x, dt, A, B, C, D, z if gated else None, bias, True, initial, cut, reverse, saved
         )
