@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mambagen.kernels.causal_conv1d.triton import backward
+from mambagen.kernels.launching import byte_flags
 from mambagen.kernels.nvrtc import Kernel, why_unavailable
 
 __all__ = ["WRITES_INTO", "backward", "forward", "unsupported"]
@@ -55,7 +56,7 @@ def forward(
         x = x.contiguous()
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     final = torch.empty((batch, width - 1, channels), dtype=x.dtype, device=x.device)
-    flags = None if resets is None else resets.contiguous().view(torch.uint8)
+    flags = byte_flags(resets)
     kernel = _kernel(x.device.index, _DTYPES[x.dtype], width, silu, resets is not None, reverse)
     pointers = (x, weight.t().contiguous(), bias, initial_state, flags, y, final)
     parameters = struct.pack(

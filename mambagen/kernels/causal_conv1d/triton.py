@@ -6,7 +6,6 @@ program goes width - 1 steps on into the next segment, so that dx needs no secon
 dweight and dbias are kept one a segment and added in a fixed order. Both are bound by memory bandwidth.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mambagen.kernels.launching import byte_flags, on_device_of, processors
 from mambagen.kernels.triton_rows import begins, load_rows, logistic, oriented, silu
 
 WRITES_INTO = True  # backward takes `dx_out`
@@ -61,9 +61,9 @@ def forward(
     cut = _Cut.of(x, FORWARD)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(batch, width - 1, channels, dtype=x.dtype, device=x.device)
-    with _on(x):
+    with on_device_of(x):
         conv_kernel[cut.grid](
-            x, weight, bias, initial_state, _flags(resets), y, final, x.stride(0), x.stride(1),
+            x, weight, bias, initial_state, byte_flags(resets), y, final, x.stride(0), x.stride(1),
             length, channels, cut.segment_length, cut.segments,
             WIDTH=width, TILE=cut.tile.channels, ROWS=cut.tile.rows, SILU=silu, REVERSE=reverse, num_warps=1,
         )  # fmt: skip
@@ -92,9 +92,9 @@ def backward(
     sum_bias = weight.new_empty(batch * cut.segments, channels)
     if dfinal is not None and resets is not None:
         dfinal = dfinal * _leaving(resets, reverse, width)[..., None]
-    with _on(x):
+    with on_device_of(x):
         conv_backward_kernel[cut.grid](
-            dy, dfinal, x, weight, bias, initial_state, _flags(resets), dx, sum_weight, sum_bias, dinitial,
+            dy, dfinal, x, weight, bias, initial_state, byte_flags(resets), dx, sum_weight, sum_bias, dinitial,
             dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
             length, channels, cut.segment_length, cut.segments,
             WIDTH=width, TILE=cut.tile.channels, ROWS=cut.tile.rows, SILU=silu, REVERSE=reverse, num_warps=1,
@@ -369,24 +369,9 @@ class _Cut(NamedTuple):
         return cls(tile, segment_length, segments, (programs * segments,))
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """The GPU's multiprocessors (a handful in the interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def _leaving(resets: Tensor, reverse: bool, width: int) -> Tensor:
     """(batch, width - 1): whether an input of the last width - 1, oldest first, belongs to the state that leaves."""
     begin = pad(resets.flip(1), (1, 0)) if reverse else pad(resets, (0, 1))  # by step, and of what follows the last
     borders_so_far = pad(begin.long().cumsum(1), (width - 1, 0))  # none before step 0
     length = resets.shape[1]
     return borders_so_far[:, length : length + width - 1] == borders_so_far[:, -1:]
-
-
-def _flags(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else resets.contiguous().view(torch.uint8)
-
-
-def _on(x: Tensor) -> torch.cuda.device:
-    """Launch on x's GPU, whichever is current (does nothing on a CPU)."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)

@@ -76,8 +76,8 @@ def _one_stream(w, inputs, x, y, add):
     a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(inputs):
         v = broadcast(x + 4 * k)
-        a, b, c, d = _step(w + k * PANEL_BYTES, v, a, b, c, d)
-    _finish(y, a, b, c, d, add)
+        a, b, c, d = panel_step(w + k * PANEL_BYTES, v, a, b, c, d)
+    panel_finish(y, a, b, c, d, add)
 
 
 @njit
@@ -86,10 +86,10 @@ def _two_panels(w, inputs, x, y, y_panel, add):
     e, f, g, h = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(inputs):
         v = broadcast(x + 4 * k)
-        a, b, c, d = _step(w + k * PANEL_BYTES, v, a, b, c, d)
-        e, f, g, h = _step(w + (inputs + k) * PANEL_BYTES, v, e, f, g, h)
-    _finish(y, a, b, c, d, add)
-    _finish(y + y_panel, e, f, g, h, add)
+        a, b, c, d = panel_step(w + k * PANEL_BYTES, v, a, b, c, d)
+        e, f, g, h = panel_step(w + (inputs + k) * PANEL_BYTES, v, e, f, g, h)
+    panel_finish(y, a, b, c, d, add)
+    panel_finish(y + y_panel, e, f, g, h, add)
 
 
 @njit
@@ -98,10 +98,10 @@ def _two_streams(w, inputs, x, x_row, y, y_row, add):
     e, f, g, h = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(inputs):
         at, row = x + 4 * k, w + k * PANEL_BYTES
-        a, b, c, d = _step(row, broadcast(at), a, b, c, d)
-        e, f, g, h = _step(row, broadcast(at + x_row), e, f, g, h)
-    _finish(y, a, b, c, d, add)
-    _finish(y + y_row, e, f, g, h, add)
+        a, b, c, d = panel_step(row, broadcast(at), a, b, c, d)
+        e, f, g, h = panel_step(row, broadcast(at + x_row), e, f, g, h)
+    panel_finish(y, a, b, c, d, add)
+    panel_finish(y + y_row, e, f, g, h, add)
 
 
 @njit
@@ -112,18 +112,19 @@ def _four_streams(w, inputs, x, x_row, y, y_row, add):
     q, r, s, t = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(inputs):
         at, row = x + 4 * k, w + k * PANEL_BYTES
-        a, b, c, d = _step(row, broadcast(at), a, b, c, d)
-        e, f, g, h = _step(row, broadcast(at + x_row), e, f, g, h)
-        i, j, m, n = _step(row, broadcast(at + 2 * x_row), i, j, m, n)
-        q, r, s, t = _step(row, broadcast(at + 3 * x_row), q, r, s, t)
-    _finish(y, a, b, c, d, add)
-    _finish(y + y_row, e, f, g, h, add)
-    _finish(y + 2 * y_row, i, j, m, n, add)
-    _finish(y + 3 * y_row, q, r, s, t, add)
+        a, b, c, d = panel_step(row, broadcast(at), a, b, c, d)
+        e, f, g, h = panel_step(row, broadcast(at + x_row), e, f, g, h)
+        i, j, m, n = panel_step(row, broadcast(at + 2 * x_row), i, j, m, n)
+        q, r, s, t = panel_step(row, broadcast(at + 3 * x_row), q, r, s, t)
+    panel_finish(y, a, b, c, d, add)
+    panel_finish(y + y_row, e, f, g, h, add)
+    panel_finish(y + 2 * y_row, i, j, m, n, add)
+    panel_finish(y + 3 * y_row, q, r, s, t, add)
 
 
 @njit(forceinline=True)
-def _step(w, v, a, b, c, d):
+def panel_step(w, v, a, b, c, d):
+    """The four sums of a panel of outputs after another input: a row of weights at w times v."""
     a = fma(load(w), v, a)
     b = fma(load(w + BYTES), v, b)
     c = fma(load(w + 2 * BYTES), v, c)
@@ -132,7 +133,8 @@ def _step(w, v, a, b, c, d):
 
 
 @njit(forceinline=True)
-def _finish(y, a, b, c, d, add):
+def panel_finish(y, a, b, c, d, add):
+    """Store the four sums of a panel at y, or add them to what stands there."""
     if add:
         a, b, c, d = a + load(y), b + load(y + BYTES), c + load(y + 2 * BYTES), d + load(y + 3 * BYTES)
     store(y, a)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambagen.kernels.launching import on_device_of
+
 ROWS, COLUMNS = 16, 64  # with twice the rows the backward spills
 STATES = 16  # at a time
 
@@ -33,7 +35,7 @@ def forward(c: Tensor, z: Tensor, length: int) -> Tensor:
     ssms, state = c.shape
     K = torch.empty(ssms, length, dtype=torch.float32, device=c.device)
     blocks = triton.cdiv(length, ROWS * COLUMNS)
-    with torch.cuda.device(c.device if c.is_cuda else -1):
+    with on_device_of(c):
         product_kernel[(ssms * blocks,)](
             _pairs(c.to(torch.complex64)), _pairs(z), K, length, blocks,
             STATE=state, ROWS=ROWS, COLUMNS=COLUMNS, STATES=STATES, num_warps=4,
@@ -47,7 +49,7 @@ def moments(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     length = g.shape[1]
     blocks = triton.cdiv(length, ROWS * COLUMNS)
     parts = torch.empty(ssms, blocks, 4, state, dtype=torch.float32, device=g.device)
-    with torch.cuda.device(g.device if g.is_cuda else -1):
+    with on_device_of(g):
         moments_kernel[(ssms * blocks,)](
             g.contiguous(), _pairs(z), parts, length, blocks,
             STATE=state, ROWS=ROWS, COLUMNS=COLUMNS, STATES=STATES, num_warps=4,
@@ -64,7 +66,7 @@ def carry(entered: Tensor, a: Tensor, batch: int, backwards: bool) -> Tensor:
     entered: (batch * blocks, 2 state, channels) float32, imaginary parts after the real ones; a: (state,) complex64.
     """
     blocks, elements = entered.shape[0] // batch, entered.shape[1] * entered.shape[2] // 2
-    with torch.cuda.device(entered.device if entered.is_cuda else -1):
+    with on_device_of(entered):
         carry_kernel[(batch * triton.cdiv(elements, 256),)](
             entered, _pairs(a), blocks, elements, entered.shape[2], BACKWARDS=backwards, BLOCK=256, num_warps=4
         )

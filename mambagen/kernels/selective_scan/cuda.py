@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mambagen.kernels.launching import byte_flags, processors
 from mambagen.kernels.nvrtc import Kernel, why_unavailable
 
 STATE = 16
@@ -76,7 +77,7 @@ def forward(
     groups = B.shape[2]
     x, dt, z = _aligned(x), _aligned(dt), None if z is None else _aligned(z)
     B, C, vector = _aligned_rows(B, C)
-    resets = _bytes(resets)
+    resets = byte_flags(resets)
     device = x.device
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=device)
     final = torch.empty((batch, channels, STATE), dtype=torch.float32, device=device)
@@ -125,7 +126,7 @@ def backward(
     groups = B.shape[2]
     x, dt, dy, z = _aligned(x), _aligned(dt), _aligned(dy), None if z is None else _aligned(z)
     B, C, vector = _aligned_rows(B, C)
-    resets = _bytes(resets)
+    resets = byte_flags(resets)
     device = x.device
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -201,7 +202,7 @@ def _border_states(
 
 def _chunks(sweep: str, batch: int, length: int, channels: int, device: torch.device) -> tuple[int, int]:
     """How the length is cut: (steps a chunk, chunks); one chunk where batch x channels give every scheduler a warp."""
-    schedulers = 4 * _multiprocessors(device.index)
+    schedulers = 4 * processors(device)
     warps = batch * channels // WARP_CHANNELS
     chunks = WARPS_A_SCHEDULER * schedulers // warps
     if length < LONG_CHUNK * chunks:
@@ -210,11 +211,6 @@ def _chunks(sweep: str, batch: int, length: int, channels: int, device: torch.de
     chunk = -(-length // chunks)
     chunk = -(-chunk // CHUNK_UNIT) * CHUNK_UNIT
     return chunk, -(-length // chunk)
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -274,10 +270,6 @@ def _aligned_rows(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, int]:
         if all(place % size == 0 for place in places):
             return B, C, size
     return B.contiguous(), C.contiguous(), 16
-
-
-def _bytes(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else resets.contiguous().view(torch.uint8)
 
 
 def _pointer(v: Tensor | None) -> int:

@@ -14,13 +14,13 @@ other warps hide, and the dependence of w and h along time. On NVIDIA GPUs the C
 own hands, is faster; this one is for every other GPU and for checking that one.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from mambagen.kernels.launching import byte_flags, on_device_of, processors
 from mambagen.kernels.selective_scan.triton_backward import adjoint_ends_kernel, backward_kernel, sum_tiles_kernel
 from mambagen.kernels.selective_scan.triton_forward import pass_on_kernel, scan_kernel, segment_ends_kernel
 
@@ -112,11 +112,11 @@ def forward(
     batch, length, channels = x.shape
     tiling = tiling_for(A.shape[1])
     cut = _Cut.of(x, A, B, tiling.forward, FILL_FORWARD)
-    flags = _flags(resets)
+    flags = byte_flags(resets)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = A.new_empty(batch, channels, A.shape[1])
     saved = A.new_empty(saved_shape(batch, length, channels, B.shape[2], A.shape[1], x) if save else (0,))
-    with _on(x):
+    with on_device_of(x):
         entry = initial_state
         if cut.segments > 1:
             entry, step_sums, cut_sums = cut.segment_buffers(A)
@@ -158,7 +158,7 @@ def backward(
     state = A.shape[1]
     tiling = tiling_for(state)
     cut = _Cut.of(x, A, B, tiling.backward, FILL_BACKWARD)
-    flags = _flags(resets)
+    flags = byte_flags(resets)
     dx, ddt = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     dz = dz_out
     if z is not None and dz is None:
@@ -171,7 +171,7 @@ def backward(
     scratch = A.new_empty(cut.programs * blocks * cut.constants["PADDED"] * cut.constants["TILE"])
     if dfinal is not None and reverse and resets is not None:
         dfinal = dfinal.masked_fill(resets[:, 0, None, None], 0.0)
-    with _on(x):
+    with on_device_of(x):
         entry = dfinal
         if cut.segments > 1:
             entry, step_sums, cut_sums = cut.segment_buffers(A)
@@ -270,21 +270,6 @@ class _Cut(NamedTuple):
         return total
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many programs run side by side at the least: the GPU's multiprocessors (a handful in the interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _flags(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else resets.contiguous().view(torch.uint8)
-
-
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     """Batch and time strides of each tensor; zeros for one that is not there."""
     return tuple(step for v in tensors for step in ((0, 0) if v is None else v.stride()[:2]))
-
-
-def _on(x: Tensor) -> torch.cuda.device:
-    """Launch on x's GPU, whichever is current (does nothing on a CPU)."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)

@@ -19,8 +19,9 @@ from llvmlite import ir
 from numba import njit, types
 from torch import Tensor
 
-from mambagen.kernels.cpu_memory import BYTES, broadcast, load, pointer, store
+from mambagen.kernels.cpu_memory import BYTES, broadcast, load, pointer
 from mambagen.kernels.cpu_simd import FLOATS, INTS, LANES, f32x16, fma, intrinsic, ints, keep_apart, splat
+from mambagen.kernels.mamba_decode.cpu_steps import panel_finish, panel_step
 
 PANEL = 4 * LANES  # outputs
 PANEL_BYTES = 4 * BYTES  # of a row of outputs in float32
@@ -67,11 +68,11 @@ def _one_stream(w, inputs, x, y, add):
     a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     e, f, g, h = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(0, inputs - 1, 2):
-        a, b, c, d = _step(w + k * PANEL_BYTES, broadcast(x + 4 * k), a, b, c, d)
-        e, f, g, h = _step(w + (k + 1) * PANEL_BYTES, broadcast(x + 4 * k + 4), e, f, g, h)
+        a, b, c, d = panel_step(w + k * PANEL_BYTES, broadcast(x + 4 * k), a, b, c, d)
+        e, f, g, h = panel_step(w + (k + 1) * PANEL_BYTES, broadcast(x + 4 * k + 4), e, f, g, h)
     if inputs % 2:
-        a, b, c, d = _step(w + (inputs - 1) * PANEL_BYTES, broadcast(x + 4 * inputs - 4), a, b, c, d)
-    _finish(y, a + e, b + f, c + g, d + h, add)
+        a, b, c, d = panel_step(w + (inputs - 1) * PANEL_BYTES, broadcast(x + 4 * inputs - 4), a, b, c, d)
+    panel_finish(y, a + e, b + f, c + g, d + h, add)
 
 
 @njit
@@ -84,7 +85,7 @@ def _one_stream_of_pairs(w, inputs, x, y, add):
         e, f, g, h = _step_of_pairs(w + (k + 1) * PAIR_BYTES, broadcast(x + 4 * k + 4), e, f, g, h)
     if inputs % 2:
         a, b, c, d = _step_of_pairs(w + (inputs - 1) * PAIR_BYTES, broadcast(x + 4 * inputs - 4), a, b, c, d)
-    _finish(y, a + e, b + f, c + g, d + h, add)
+    panel_finish(y, a + e, b + f, c + g, d + h, add)
 
 
 @njit
@@ -96,16 +97,16 @@ def _two_streams(w, inputs, x, x_row, y, y_row, add):
     q, r, s, t = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(0, inputs - 1, 2):
         even, odd, at = w + k * PANEL_BYTES, w + (k + 1) * PANEL_BYTES, x + 4 * k
-        a, b, c, d = _step(even, broadcast(at), a, b, c, d)
-        i, j, m, n = _step(even, broadcast(at + x_row), i, j, m, n)
-        e, f, g, h = _step(odd, broadcast(at + 4), e, f, g, h)
-        q, r, s, t = _step(odd, broadcast(at + x_row + 4), q, r, s, t)
+        a, b, c, d = panel_step(even, broadcast(at), a, b, c, d)
+        i, j, m, n = panel_step(even, broadcast(at + x_row), i, j, m, n)
+        e, f, g, h = panel_step(odd, broadcast(at + 4), e, f, g, h)
+        q, r, s, t = panel_step(odd, broadcast(at + x_row + 4), q, r, s, t)
     if inputs % 2:
         even, at = w + (inputs - 1) * PANEL_BYTES, x + 4 * (inputs - 1)
-        a, b, c, d = _step(even, broadcast(at), a, b, c, d)
-        i, j, m, n = _step(even, broadcast(at + x_row), i, j, m, n)
-    _finish(y, a + e, b + f, c + g, d + h, add)
-    _finish(y + y_row, i + q, j + r, m + s, n + t, add)
+        a, b, c, d = panel_step(even, broadcast(at), a, b, c, d)
+        i, j, m, n = panel_step(even, broadcast(at + x_row), i, j, m, n)
+    panel_finish(y, a + e, b + f, c + g, d + h, add)
+    panel_finish(y + y_row, i + q, j + r, m + s, n + t, add)
 
 
 @njit
@@ -125,17 +126,8 @@ def _two_streams_of_pairs(w, inputs, x, x_row, y, y_row, add):
         even, at = w + (inputs - 1) * PAIR_BYTES, x + 4 * (inputs - 1)
         a, b, c, d = _step_of_pairs(even, broadcast(at), a, b, c, d)
         i, j, m, n = _step_of_pairs(even, broadcast(at + x_row), i, j, m, n)
-    _finish(y, a + e, b + f, c + g, d + h, add)
-    _finish(y + y_row, i + q, j + r, m + s, n + t, add)
-
-
-@njit(forceinline=True)
-def _step(w, v, a, b, c, d):
-    a = fma(load(w), v, a)
-    b = fma(load(w + BYTES), v, b)
-    c = fma(load(w + 2 * BYTES), v, c)
-    d = fma(load(w + 3 * BYTES), v, d)
-    return a, b, c, d
+    panel_finish(y, a + e, b + f, c + g, d + h, add)
+    panel_finish(y + y_row, i + q, j + r, m + s, n + t, add)
 
 
 @njit(forceinline=True)
@@ -145,16 +137,6 @@ def _step_of_pairs(w, v, a, b, c, d):
     c = fma(lower(w + BYTES), v, c)
     d = fma(load(w + BYTES), v, d)
     return a, b, c, d
-
-
-@njit(forceinline=True)
-def _finish(y, a, b, c, d, add):
-    if add:
-        a, b, c, d = a + load(y), b + load(y + BYTES), c + load(y + 2 * BYTES), d + load(y + 3 * BYTES)
-    store(y, a)
-    store(y + BYTES, b)
-    store(y + 2 * BYTES, c)
-    store(y + 3 * BYTES, d)
 
 
 # ---- packing
