@@ -29,8 +29,8 @@ from mambagen.data.spoken_words import DIGITS
 from mambagen.models.files import Writer
 from mambagen.models.saving import write_tensors
 from mambagen.pipelines.audio_language_model import AudioTask
-from mambagen.pipelines.dna_language_model import ModelCard
 from mambagen.pipelines.eval_sc09 import eval_sc09
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.pipelines.pretrain_audio import (
     PretrainAudioConfig,
     pretrain_audio,

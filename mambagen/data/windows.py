@@ -88,6 +88,10 @@ class WindowSampler:
         """How many different windows there are on one strand."""
         return int(self._before[-1])
 
+    def stage(self, step: int) -> int:
+        """0: all batches have one length (see `StagedSampler`)."""
+        return 0
+
     def batch(self, step: int, rows: slice = slice(None)) -> WindowBatch:
         """The windows of a step; ``rows`` takes some of them, as one of several devices does."""
         # Raw Philox output rather than Generator methods: numpy promises that it stays the same between versions.

@@ -16,8 +16,9 @@ from mambagen.data.audio_windows import Augmentation, HeldOutWindows, TrainingWi
 from mambagen.data.quantise import SILENCE, Quantiser
 from mambagen.models.audio_unet import AudioUNet
 from mambagen.models.files import Writer, write_folder_atomically
-from mambagen.models.saving import CARD, model_card, model_writers
-from mambagen.pipelines.dna_language_model import QUICK_SHARE, ModelCard
+from mambagen.models.saving import CARD, model_writers
+from mambagen.pipelines.dna_language_model import QUICK_SHARE
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.training.batches import Batch
 
 IGNORED = -100
@@ -134,15 +135,7 @@ class AudioTask:
                 f"Held-out sound: {figures['loss']:.4f} nats a sample ({figures['bits_per_byte']:.4f} bits a byte) "
                 f"over {figures['targets']:,.0f} samples of clips that were not trained on."
             )
-        text = model_card(
-            model,
-            title=self.card.title,
-            data=self.card.data,
-            licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
-            recipe=self.card.recipe,
-            quality=quality,
-        )
-        return dict(model_writers(model, self.quantiser.model_dump(mode="json"), text))
+        return dict(model_writers(model, self.quantiser.model_dump(mode="json"), self.card.text(model, quality)))
 
 
 def audio_loss(model: nn.Module, tokens: Tensor, counted: Tensor, classes: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +14,14 @@ from mambagen.data.markov import MarkovModel
 from mambagen.data.windows import FixedWindows, StagedSampler, WindowSampler, fixed_windows
 from mambagen.models.files import Writer
 from mambagen.models.mamba_lm import MambaLM
-from mambagen.models.saving import model_card, model_writers
+from mambagen.models.saving import model_writers
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.training.batches import Batch
 
 QUICK_TOKENS = 1 << 16  # of held-out data at most, for an evaluation in the course of training
 QUICK_SHARE = 30  # ... and at most a thirtieth of what a run in steps trains on, as ten of them are made
 UNGRADED_TOKENS = 1 << 14  # go through the model at once in an evaluation, even where a step's piece is smaller
 BASELINE_ORDERS = (0, 3, 8)
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What the README of a checkpoint says beside the figures."""
-
-    title: str
-    data: str
-    recipe: str
 
 
 class DnaLanguageTask:
@@ -76,7 +67,7 @@ class DnaLanguageTask:
 
     def stage(self, step: int) -> int:
         """Batches of one stage have one length."""
-        return self.sampler.stage(step) if isinstance(self.sampler, StagedSampler) else 0
+        return self.sampler.stage(step)
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Sum of the cross entropy in nats over the targets."""
@@ -109,15 +100,7 @@ class DnaLanguageTask:
                 f"Held-out perplexity {figures['perplexity']:.4f} ({figures['loss']:.4f} nats a base) over "
                 f"{figures['targets']:,.0f} bases that were not trained on."
             )
-        text = model_card(
-            model,
-            title=self.card.title,
-            data=self.card.data,
-            licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
-            recipe=self.card.recipe,
-            quality=quality,
-        )
-        return dict(model_writers(model, self.tokenizer.model_dump(mode="json"), text))
+        return dict(model_writers(model, self.tokenizer.model_dump(mode="json"), self.card.text(model, quality)))
 
 
 def fit_baselines(

@@ -15,8 +15,9 @@ from mambagen.data.masking import MaskedWindows, mask_bases
 from mambagen.data.windows import StagedSampler, WindowSampler, fixed_windows
 from mambagen.models.files import Writer
 from mambagen.models.heads import MaskedLM
-from mambagen.models.saving import model_card, model_writers
-from mambagen.pipelines.dna_language_model import QUICK_SHARE, QUICK_TOKENS, UNGRADED_TOKENS, ModelCard
+from mambagen.models.saving import model_writers
+from mambagen.pipelines.dna_language_model import QUICK_SHARE, QUICK_TOKENS, UNGRADED_TOKENS
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.training.batches import Batch
 
 FLANKS = (0, 2, 4)  # bases on either side that the counts to beat look at
@@ -78,7 +79,7 @@ class MaskedDnaTask:
 
     def stage(self, step: int) -> int:
         """Batches of one stage have one length."""
-        return self.sampler.stage(step) if isinstance(self.sampler, StagedSampler) else 0
+        return self.sampler.stage(step)
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Sum of the cross entropy in nats over the chosen bases."""
@@ -121,15 +122,7 @@ class MaskedDnaTask:
                 f"({figures['loss']:.4f} nats a base) over {figures['targets']:,.0f} masked bases of stretches that "
                 f"were not trained on."
             )
-        text = model_card(
-            model,
-            title=self.card.title,
-            data=self.card.data,
-            licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
-            recipe=self.card.recipe,
-            quality=quality,
-        )
-        return dict(model_writers(model, self.tokenizer.model_dump(mode="json"), text))
+        return dict(model_writers(model, self.tokenizer.model_dump(mode="json"), self.card.text(model, quality)))
 
 
 def masked_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -30,11 +30,12 @@ from mambagen.models.files import first_fault
 from mambagen.pipelines.audio_data import AudioRequest, open_audio
 from mambagen.pipelines.audio_language_model import BITS, AudioTask
 from mambagen.pipelines.audio_run_report import RunSamples, write_run_report
-from mambagen.pipelines.dna_language_model import ModelCard
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
-from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
+from mambagen.training.config import TrainConfig, overlaid, read_toml, validated
 from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
+from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
 from mambagen.training.run_folder import RunFolder, read_metrics
 
 log = logging.getLogger("mambagen")
@@ -233,28 +234,16 @@ def resume_pretrain_audio(
     """
     progress = progress or Progress()
     run = RunFolder.open(folder)
-    given = dict(read_toml(config_file) if config_file else {})
-    given.update(options)
-    before = configure(PretrainAudioConfig, run.config_file, {})
-    changes = validated(
-        PretrainAudioConfig, overlaid(before.model_dump(exclude_none=True), given), options, config_file
-    )
+    before, changes = changed_settings(PretrainAudioConfig, run, options, config_file)
     config = resolved(changes)
-    for name in FIXED:
-        was, wanted = getattr(before, name), getattr(to_keep(config), name)
-        if was != wanted and not (name == "data" and _same_place(was, wanted)):
-            option = {"start_from": "from", "lengths": "length"}.get(name, name.replace("_", "-"))
-            raise UsageError(
-                f"--{option} cannot change when a run goes on: {folder} has {was!r}, not {wanted!r}; leave it out, or "
-                f"begin a new run"
-            )
+    refuse_changes(
+        folder, before, to_keep(config), FIXED, {"lengths": "length"}, "leave it out, or begin a new run", _same_setting
+    )
     with run.lock():
         checkpoint = newest_checkpoint(run.checkpoints)
         model, _ = load_model(checkpoint.path, kinds=[AudioUNet.kind])
         shards, quantiser = read_audio_data(config, progress)
-        for name, value in identity(config, shards, quantiser).items():
-            if checkpoint.identity.get(name) != value:
-                raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
+        refuse_other_data(folder, checkpoint, identity(config, shards, quantiser))
         run.write_config(to_keep(config).model_dump())
         return _train_and_report(config, shards, quantiser, run, model, checkpoint, progress)
 
@@ -285,9 +274,9 @@ def to_keep(config: PretrainAudioConfig) -> PretrainAudioConfig:
     return config.model_copy(update={"data": data, "start_from": start_from, "shards": shards})
 
 
-def _same_place(was: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+def _same_setting(name: str, was: Any, wanted: Any) -> bool:
     """Prepared audio may move: what it holds is compared by its checksum."""
-    return len(was) == len(wanted) == 1
+    return bool(was == wanted) or (name == "data" and len(was) == len(wanted) == 1)
 
 
 def read_audio_data(config: PretrainAudioConfig, progress: Progress) -> tuple[AudioShards, Quantiser]:

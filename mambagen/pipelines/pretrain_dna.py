@@ -27,16 +27,17 @@ from mambagen.errors import DivergedError, InputError, InterruptedRun, ModelErro
 from mambagen.models import MambaLM, load_model
 from mambagen.models.heads import MaskedLM
 from mambagen.models.mamba_block import MambaBlock
-from mambagen.pipelines.dna_language_model import DnaLanguageTask, ModelCard, fit_baselines
+from mambagen.pipelines.dna_language_model import DnaLanguageTask, fit_baselines
 from mambagen.pipelines.dna_masked_model import MaskedDnaTask, fit_masked_baselines
 from mambagen.pipelines.genomes import open_genome, split_rows
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.pipelines.pretrain_dna_config import DEFAULT_ENCODER, ENCODER_LR, PretrainDnaConfig
 from mambagen.pipelines.run_reports import report_pretraining
 from mambagen.reports.loss_plot import draw_loss
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
-from mambagen.training.config import configure, overlaid, read_toml, validated
 from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
+from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
 from mambagen.training.run_folder import RunFolder, read_metrics
 
 __all__ = ["PretrainDnaConfig", "PretrainDnaResult", "pretrain_dna", "resume_pretrain_dna"]
@@ -116,19 +117,11 @@ def resume_pretrain_dna(
     """
     progress = progress or Progress()
     run = RunFolder.open(folder)
-    given = dict(read_toml(config_file) if config_file else {})
-    given.update(options)
-    before = configure(PretrainDnaConfig, run.config_file, {})
-    changes = validated(PretrainDnaConfig, overlaid(before.model_dump(exclude_none=True), given), options, config_file)
+    before, changes = changed_settings(PretrainDnaConfig, run, options, config_file)
     config = resolved(changes)
     longer = config.objective == "mlm" and config.context != before.context
-    for name in SAME_MODEL if longer else FIXED:
-        was, wanted = getattr(before, name), getattr(to_keep(config), name)
-        if was != wanted:
-            raise UsageError(
-                f"--{name.replace('_', '-')} cannot change when a run goes on: {folder} has {was!r}, not {wanted!r}; "
-                f"leave it out, or begin a new run"
-            )
+    fixed = SAME_MODEL if longer else FIXED
+    refuse_changes(folder, before, to_keep(config), fixed, advice="leave it out, or begin a new run")
     if longer:
         weights = newest_checkpoint(run.checkpoints).path
         place = out or run.path.with_name(f"{run.path.name}-context{config.context}")
@@ -141,9 +134,7 @@ def resume_pretrain_dna(
         if model.config != config.architecture():
             raise ModelError(f"{checkpoint.path}: holds another architecture than {run.config_file} describes")
         job = prepare(config, progress)
-        for name, value in job.task.identity.items():
-            if checkpoint.identity.get(name) != value:
-                raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
+        refuse_other_data(folder, checkpoint, job.task.identity)
         run.write_config(to_keep(config).model_dump())
         return _train_and_report(config, job, run, model, checkpoint, progress)
 

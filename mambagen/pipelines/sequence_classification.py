@@ -17,7 +17,8 @@ from mambagen.data.labelled import Labelled
 from mambagen.models.files import Writer
 from mambagen.models.heads import SequenceClassifier
 from mambagen.models.reverse_complement import rc_average
-from mambagen.models.saving import model_card, model_writers, save_model
+from mambagen.models.saving import model_writers, save_model
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.training.batches import Batch
 
 GROUP = 32  # batches whose sequences are sorted by length together
@@ -40,15 +41,6 @@ class Figures:
     def numbers(self) -> dict[str, float]:
         """For metrics.jsonl."""
         return {"loss": self.loss, "accuracy": self.accuracy, "f1": self.f1, "mcc": self.mcc}
-
-
-@dataclass(frozen=True)
-class ClassifierCard:
-    """What the README of a classifier says beside its figures."""
-
-    title: str
-    data: str
-    recipe: str
 
 
 class Best:
@@ -96,7 +88,7 @@ class ClassificationTask:
         reverse_complement: bool,
         patience: int,
         identity: Mapping[str, Any],
-        card: ClassifierCard,
+        card: ModelCard,
         best: Path,
         batch_tokens: int,
         history: Sequence[tuple[float, float]] = (),
@@ -135,7 +127,7 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Sum of the cross entropy in nats over the sequences."""
-        return F.cross_entropy(model(tensors["tokens"], tensors.get("real")), tensors["labels"], reduction="sum")
+        return classification_loss(model, tensors)
 
     def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:
         """Figures on the whole of the validation data; a model better than those before is written to `best`."""
@@ -156,15 +148,7 @@ class ClassificationTask:
         quality = "not measured yet"
         if self.last is not None:
             quality = f"On {self.last.rows:,} validation sequences: {sentence(self.last)}."
-        return model_card(
-            model,
-            title=self.card.title,
-            data=self.card.data,
-            licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
-            recipe=self.card.recipe,
-            quality=quality,
-            extra=f"\n## Classes\n{', '.join(model.classes)}\n",
-        )
+        return self.card.text(model, quality, f"\n## Classes\n{', '.join(model.classes)}\n")
 
     @lru_cache(maxsize=2)  # noqa: B019 (a task lives as long as the process)
     def _epoch(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -178,6 +162,11 @@ class ClassificationTask:
         batches = [order[at : at + self.rows] for at in range(0, count, self.rows)]
         shuffled = np.argsort(generator.random_raw(len(batches)), kind="stable")
         return [batches[i] for i in shuffled.tolist()]
+
+
+def classification_loss(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the cross entropy in nats over sequences as `padded` gives them, with their "labels"."""
+    return F.cross_entropy(model(tensors["tokens"], tensors.get("real")), tensors["labels"], reduction="sum")
 
 
 def padded(sequences: Sequence[Tokens], always_mask: bool = False) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mambagen.data.species import SpeciesParts
 from mambagen.models.saving import model_card
 from mambagen.models.species_classifier import SpeciesClassifier
+from mambagen.pipelines.model_cards import LICENCE
 from mambagen.pipelines.species_figures import Accuracy, Baseline, TestFigures
 from mambagen.reports.page import Page
 from mambagen.reports.training_page import add_curves, begin, finish
@@ -171,7 +172,7 @@ def species_card(
         model,
         title=title,
         data=f"{config.source().title()}. Training sequence: {sizes}.",
-        licence="That of the data above, where it says anything about models; otherwise the trainer's choice.",
+        licence=LICENCE,
         recipe=recipe,
         quality=quality,
         extra=(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from mambagen.models.files import Writer
 from mambagen.models.saving import model_writers, save_model
 from mambagen.models.species_classifier import SpeciesClassifier
 from mambagen.pipelines.length_warmup import Stage
-from mambagen.pipelines.sequence_classification import Best, figures_of, padded, predict
+from mambagen.pipelines.sequence_classification import Best, classification_loss, figures_of, padded, predict
 from mambagen.training.batches import Batch
 
 
@@ -116,7 +115,7 @@ class SpeciesTask:
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Sum of the cross entropy in nats over the windows."""
-        return F.cross_entropy(model(tensors["tokens"], tensors.get("real")), tensors["labels"], reduction="sum")
+        return classification_loss(model, tensors)
 
     def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:
         """Means over the lengths, and the accuracy at each; a model better than those before is written to `best`."""

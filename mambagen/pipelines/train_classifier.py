@@ -17,24 +17,25 @@ from pydantic import Field, ValidationError
 
 from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.labelled import Labelled, read_labelled
-from mambagen.errors import InputError, ModelError, UsageError
+from mambagen.errors import InputError, UsageError
 from mambagen.models import MAMBA_SIZES, load_model
 from mambagen.models.encoders import count_parameters, match_parameters
 from mambagen.models.files import first_fault
 from mambagen.models.heads import ClassifierConfig, Pooling, SequenceClassifier, copy_encoder, encoder_of
 from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.pipelines.run_reports import report_classifier
 from mambagen.pipelines.sequence_classification import (
     ClassificationTask,
-    ClassifierCard,
     Figures,
     kmer_baseline,
     measure,
 )
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
-from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
+from mambagen.training.config import TrainConfig
 from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
+from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
 from mambagen.training.run_folder import RunFolder, read_metrics
 
 DEFAULT_ENCODER = "bigs"
@@ -126,28 +127,14 @@ def resume_train_classifier(
     """
     progress = progress or Progress()
     run = RunFolder.open(folder)
-    given = dict(read_toml(config_file) if config_file else {})
-    given.update(options)
-    before = configure(TrainClassifierConfig, run.config_file, {})
-    kept = before.model_dump(exclude_none=True)
-    if "epochs" in given:
-        kept.pop("steps", None)
-    config = validated(TrainClassifierConfig, overlaid(kept, given), options, config_file)
-    for name in FIXED:
-        was, wanted = getattr(before, name), getattr(to_keep(config), name)
-        if was != wanted:
-            option = "from" if name == "start_from" else name.replace("_", "-")
-            raise UsageError(
-                f"--{option} cannot change when a run goes on: {folder} has {was!r}, not {wanted!r}; begin a new run"
-            )
+    before, config = changed_settings(TrainClassifierConfig, run, options, config_file, {"epochs": "steps"})
+    refuse_changes(folder, before, to_keep(config), FIXED)
     with run.lock():
         checkpoint = newest_checkpoint(run.checkpoints)
         model, _ = load_model(checkpoint.path, kinds=[SequenceClassifier.kind])
         data = read_data(config, progress)
         config = with_steps(config, data)
-        for name, value in identity(config, data).items():
-            if checkpoint.identity.get(name) != value:
-                raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
+        refuse_other_data(folder, checkpoint, identity(config, data))
         run.write_config(to_keep(config).model_dump())
         return _train_and_report(config, data, run, model, checkpoint, progress)
 
@@ -317,7 +304,7 @@ def _train_and_report(
     return finished
 
 
-def _card(config: TrainClassifierConfig, data: Data, model: SequenceClassifier) -> ClassifierCard:
+def _card(config: TrainClassifierConfig, data: Data, model: SequenceClassifier) -> ModelCard:
     begun = f"from {Path(config.start_from).name}" if config.start_from else "from scratch"
     recipe = (
         f"`mambagen train-classifier` {begun}: {config.batch} sequences a step, AdamW with peak learning rate "
@@ -326,7 +313,7 @@ def _card(config: TrainClassifierConfig, data: Data, model: SequenceClassifier) 
         f"settings are in the run's config.toml."
     )
     where = Path(config.data).name
-    return ClassifierCard(
+    return ModelCard(
         f"Classifier of {where} ({model.config.encoder})",
         f"{where}: {len(data.train):,} sequences to train on, {len(data.valid):,} for validation.",
         recipe,

@@ -19,18 +19,20 @@ from pydantic import Field, ValidationError
 from mambagen.data.augmentation import Augmentation
 from mambagen.data.mel import LogMel, MelSettings
 from mambagen.data.spoken_words import DIGITS, SILENCE, SpokenWords
-from mambagen.errors import InputError, ModelError, UsageError
+from mambagen.errors import InputError, UsageError
 from mambagen.models import load_model
 from mambagen.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from mambagen.models.files import first_fault
 from mambagen.models.saving import CARD
 from mambagen.pipelines.digit_classification import DigitTask, JudgeCard, judge_figures
+from mambagen.pipelines.model_cards import LICENCE
 from mambagen.pipelines.sc09_data import lasting, read_words
 from mambagen.pipelines.sequence_classification import Figures
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
-from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
+from mambagen.training.config import TrainConfig
 from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
+from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
 from mambagen.training.run_folder import RunFolder, read_metrics
 
 BEST = "model"  # the folder of a run that holds its best model
@@ -55,7 +57,7 @@ class TrainJudgeConfig(TrainConfig):
     digit_share: float = Field(0.6, gt=0, lt=1)  # of the clips in a batch
     batch: int = Field(64, ge=2)
     patience: int = Field(5, ge=1)  # evaluations, of ten a run, without a better one before training ends
-    licence: str = "That of the data above, where it says anything about models; otherwise the trainer's choice."
+    licence: str = LICENCE
     lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
     steps: int | None = Field(None, ge=1)
@@ -121,23 +123,13 @@ def resume_train_judge(
     """
     progress = progress or Progress()
     run = RunFolder.open(folder)
-    given = dict(read_toml(config_file) if config_file else {})
-    given.update(options)
-    before = configure(TrainJudgeConfig, run.config_file, {})
-    config = validated(TrainJudgeConfig, overlaid(before.model_dump(exclude_none=True), given), options, config_file)
-    for name in FIXED:
-        was, wanted = getattr(before, name), getattr(to_keep(config), name)
-        if was != wanted:
-            raise UsageError(
-                f"--{name} cannot change when a run goes on: {folder} has {was!r}, not {wanted!r}; begin a new run"
-            )
+    before, config = changed_settings(TrainJudgeConfig, run, options, config_file)
+    refuse_changes(folder, before, to_keep(config), FIXED)
     with run.lock():
         checkpoint = newest_checkpoint(run.checkpoints)
         model, _ = load_model(checkpoint.path, kinds=[DigitClassifier.kind])
         data = read_data(config, progress)
-        for name, value in identity(config, data).items():
-            if checkpoint.identity.get(name) != value:
-                raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
+        refuse_other_data(folder, checkpoint, identity(config, data))
         run.write_config(to_keep(config).model_dump())
         return _train_and_report(config, data, run, model, checkpoint, progress)
 

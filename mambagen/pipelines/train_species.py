@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.species import SpeciesParts
 from mambagen.data.species_windows import MOST_UNKNOWN, SpeciesSampler, draw_evaluation
-from mambagen.errors import InputError, ModelError, UsageError
+from mambagen.errors import InputError, UsageError
 from mambagen.models import MAMBA_SIZES, load_model
 from mambagen.models.encoders import count_parameters, match_parameters
 from mambagen.models.files import first_fault
@@ -32,9 +32,10 @@ from mambagen.pipelines.species_figures import Baseline, TestFigures, baselines,
 from mambagen.pipelines.species_report import card_quality, species_card, write_report
 from mambagen.pipelines.species_task import LengthPlan, SpeciesTask
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
-from mambagen.training.config import TrainConfig, configure, overlaid, read_toml, validated
+from mambagen.training.config import TrainConfig
 from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
+from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
 from mambagen.training.run_folder import RunFolder, read_metrics
 
 BEST = "model"  # the folder of a run that holds its best model
@@ -169,25 +170,13 @@ def resume_train_species(
     """
     progress = progress or Progress()
     run = RunFolder.open(folder)
-    given = dict(read_toml(config_file) if config_file else {})
-    given.update(options)
-    before = configure(TrainSpeciesConfig, run.config_file, {})
-    kept = before.model_dump(exclude_none=True)
-    config = validated(TrainSpeciesConfig, overlaid(kept, given), options, config_file)
-    for name in FIXED:
-        was, wanted = getattr(before, name), getattr(to_keep(config), name)
-        if was != wanted:
-            option = "from" if name == "start_from" else name.replace("_", "-")
-            raise UsageError(
-                f"--{option} cannot change when a run goes on: {folder} has {was!r}, not {wanted!r}; begin a new run"
-            )
+    before, config = changed_settings(TrainSpeciesConfig, run, options, config_file)
+    refuse_changes(folder, before, to_keep(config), FIXED)
     with run.lock():
         checkpoint = newest_checkpoint(run.checkpoints)
         model, _ = load_model(checkpoint.path, kinds=[SpeciesClassifier.kind])
         parts = read_data(config, progress)
-        for name, value in identity(config, parts).items():
-            if checkpoint.identity.get(name) != value:
-                raise ModelError(f"{folder}: the {name} is not what the run began with; begin a new run with --out")
+        refuse_other_data(folder, checkpoint, identity(config, parts))
         run.write_config(to_keep(config).model_dump())
         return _train_and_report(config, parts, run, model, checkpoint, progress)
 

@@ -21,9 +21,9 @@ from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.labelled import Labelled
 from mambagen.models import heads, save_model
 from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT
+from mambagen.pipelines.model_cards import ModelCard
 from mambagen.pipelines.sequence_classification import (
     ClassificationTask,
-    ClassifierCard,
     batches_of_like_length,
     figures_of,
     kmer_baseline,
@@ -309,7 +309,7 @@ def labelled(lengths: list[int]) -> Labelled:
 def test_an_epoch_has_every_sequence_once_in_batches_of_like_length(same: bool, tmp_path: Path) -> None:
     lengths = [40] * 150 if same else np.random.default_rng(0).integers(5, 200, 150).tolist()
     train = labelled(lengths)
-    card = ClassifierCard("t", "d", "r")
+    card = ModelCard("t", "d", "r")
     task = ClassificationTask(
         train, train, train.classes(), DnaTokenizer(), 16, 3, False, 4, {}, card, tmp_path / "b", 10_000
     )
