@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import click
@@ -57,6 +58,70 @@ def debug_option(command: F) -> F:
     """`--debug`, on every command; the command line's entry looks for it, the command itself never sees it."""
     option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
     return option(command)
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which `--help` shows them."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def update_options(clip: float = 1.0) -> Callable[[F], F]:
+    """What a training command says of its updates beside the learning rate; `clip` is the default."""
+    return together(
+        click.option(
+            "--warmup", type=float, metavar="SHARE", help="Share of the budget in which it rises.  [default: 0.1]"
+        ),
+        click.option("--weight-decay", type=float, metavar="X", help="AdamW's weight decay.  [default: 0.1]"),
+        click.option("--clip", type=float, metavar="X", help=f"Largest norm of the gradient.  [default: {clip}]"),
+        click.option(
+            "--accumulate", type=int, metavar="N", help="Cut an update into N pieces to save memory.  [default: 1]"
+        ),
+    )
+
+
+machine_options = together(
+    click.option("--precision", type=click.Choice(PRECISIONS), help="auto: bf16 on a GPU, else fp32.  [default: auto]"),
+    click.option(
+        "--device", metavar="|".join(DEVICES), help="Where to train; cuda:1 is the second GPU.  [default: auto]"
+    ),
+    click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all cores]"),
+)
+save_every_option = click.option(
+    "--save-every", metavar="N|Mm", help="Write a checkpoint every N steps, or M minutes as in 10m.  [default: 10m]"
+)
+
+
+def checkpoint_options(seed_of: str) -> Callable[[F], F]:
+    """When checkpoints are written, how many are kept, and the seed."""
+    return together(
+        save_every_option,
+        click.option("--keep", type=int, metavar="K", help="Keep the newest K checkpoints.  [default: 3]"),
+        click.option("--seed", type=int, metavar="S", help=f"Of {seed_of}.  [default: 0]"),
+    )
+
+
+def run_options(command: str, example: str, resume: str = "Go on with this run.") -> Callable[[F], F]:
+    """The run's folder, going on with one, settings in a file (`example` is a line of it), and the result as JSON."""
+    folder = click.Path(path_type=Path)
+    return together(
+        click.option(
+            "--out", type=folder, metavar="RUN", help=f"Folder of the run.  [default: runs/{command}-DATE-TIME]"
+        ),
+        click.option("--resume", type=folder, metavar="RUN", help=resume),
+        click.option(
+            "--config",
+            type=folder,
+            metavar="FILE",
+            help=f"TOML with these options as keys ({example}); options win over it.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    )
 
 
 def given(**options: Any) -> dict[str, Any]:

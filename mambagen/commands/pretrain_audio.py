@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, PRECISIONS, debug_option, given
+from mambagen.commands.options import (
+    CONTEXT_SETTINGS,
+    checkpoint_options,
+    debug_option,
+    given,
+    machine_options,
+    run_options,
+    update_options,
+)
 from mambagen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,13 +82,8 @@ Examples:
     "--minutes", type=float, metavar="M", help="Train for M minutes; the schedule follows the clock.  [default: 1]"
 )
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: 0.002]")
-@click.option("--warmup", type=float, metavar="SHARE", help="Share of the budget in which it rises.  [default: 0.1]")
-@click.option("--weight-decay", type=float, metavar="X", help="AdamW's weight decay.  [default: 0.1]")
-@click.option("--clip", type=float, metavar="X", help="Largest norm of the gradient.  [default: 0.1]")
-@click.option("--accumulate", type=int, metavar="N", help="Cut an update into N pieces to save memory.  [default: 1]")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="auto: bf16 on a GPU, else fp32.  [default: auto]")
-@click.option("--device", metavar="|".join(DEVICES), help="Where to train; cuda:1 is the second GPU.  [default: auto]")
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all cores]")
+@update_options(clip=0.1)
+@machine_options
 @click.option(
     "--valid-fraction", type=float, metavar="SHARE",
     help="Hold out this share where the data do not say what to hold out.  [default: 0.1]",
@@ -93,24 +96,8 @@ Examples:
 @click.option("--fix-nan", is_flag=True, default=None, help="Samples that are NaN or infinite become 0.")
 @click.option("--skip-bad", is_flag=True, default=None, help="Leave out files that cannot be read.")
 @click.option("--shards", metavar="DIR", help="Keep the prepared audio here.  [default: the cache]")
-@click.option(
-    "--save-every", metavar="N|Mm", help="Write a checkpoint every N steps, or M minutes as in 10m.  [default: 10m]"
-)
-@click.option("--keep", type=int, metavar="K", help="Keep the newest K checkpoints.  [default: 3]")
-@click.option("--seed", type=int, metavar="S", help="Of weights and order of the data.  [default: 0]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="RUN",
-    help="Folder of the run.  [default: runs/pretrain-audio-DATE-TIME]",
-)  # fmt: skip
-@click.option(
-    "--resume", type=click.Path(path_type=Path), metavar="RUN",
-    help="Go on with this run; budget and learning rate may change.",
-)  # fmt: skip
-@click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE",
-    help="TOML with these options as keys (d_model = 96); options win over it.",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@checkpoint_options("weights and order of the data")
+@run_options("pretrain-audio", "d_model = 96", "Go on with this run; budget and learning rate may change.")
 @debug_option
 def pretrain_audio(
     data: tuple[str, ...],

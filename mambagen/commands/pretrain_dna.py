@@ -10,13 +10,15 @@ import click
 from mambagen.commands.options import (
     BASES,
     CONTEXT_SETTINGS,
-    DEVICES,
     ENCODERS,
-    PRECISIONS,
     RECIPES,
     SIZES,
+    checkpoint_options,
     debug_option,
     given,
+    machine_options,
+    run_options,
+    update_options,
 )
 from mambagen.errors import UsageError
 
@@ -91,19 +93,14 @@ Examples:
     metavar="X",
     help="Peak learning rate; of encoders less unless given: bimamba 0.004, bigs 0.002, bert 0.001.  [default: 0.008]",
 )
-@click.option("--warmup", type=float, metavar="SHARE", help="Share of the budget in which it rises.  [default: 0.1]")
-@click.option("--weight-decay", type=float, metavar="X", help="AdamW's weight decay.  [default: 0.1]")
-@click.option("--clip", type=float, metavar="X", help="Largest norm of the gradient.  [default: 1.0]")
-@click.option("--accumulate", type=int, metavar="N", help="Cut an update into N pieces to save memory.  [default: 1]")
+@update_options()
 @click.option(
     "--recompute",
     type=click.Choice(["auto", "always", "never"]),
     help="Compute activations again in the backward, which saves memory; auto: where a GPU has too little.  "
     "[default: auto]",
 )
-@click.option("--precision", type=click.Choice(PRECISIONS), help="auto: bf16 on a GPU, else fp32.  [default: auto]")
-@click.option("--device", metavar="|".join(DEVICES), help="Where to train; cuda:1 is the second GPU.  [default: auto]")
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all cores]")
+@machine_options
 @click.option(
     "--reverse-complement/--no-reverse-complement", default=None, help="Read half of the windows from the other strand."
 )
@@ -135,31 +132,13 @@ Examples:
 )
 @click.option("--valid-records", metavar="NAME[,NAME]", multiple=True, help="Hold out whole records instead.")
 @click.option("--valid-tokens", type=BASES, help="Measure on at most N held-out bases.  [default: 262144]")
-@click.option(
-    "--save-every", metavar="N|Mm", help="Write a checkpoint every N steps, or M minutes as in 10m.  [default: 10m]"
-)
-@click.option("--keep", type=int, metavar="K", help="Keep the newest K checkpoints.  [default: 3]")
-@click.option("--seed", type=int, metavar="S", help="Of weights, order of the data and hold-out.  [default: 0]")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="RUN",
-    help="Folder of the run.  [default: runs/pretrain-dna-DATE-TIME]",
-)
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    metavar="RUN",
-    help="Go on with this run; budget and learning rate may change. A masked model with another --context: a "
+@checkpoint_options("weights, order of the data and hold-out")
+@run_options(
+    "pretrain-dna",
+    "batch_tokens = 65536",
+    "Go on with this run; budget and learning rate may change. A masked model with another --context: a "
     "new run beside it (or in --out) that begins with its weights.",
 )
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="TOML with these options as keys (batch_tokens = 65536); options win over it.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @debug_option
 def pretrain_dna(
     data: tuple[str, ...],

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, PRECISIONS, debug_option, given
+from mambagen.commands.options import (
+    CONTEXT_SETTINGS,
+    debug_option,
+    given,
+    machine_options,
+    run_options,
+    save_every_option,
+)
 from mambagen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,24 +50,11 @@ ARCHITECTURES = ("small", "resnext29")
 )  # fmt: skip
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: 0.003]")
 @click.option("--weight-decay", type=float, metavar="X", help="AdamW's weight decay.  [default: 0.05]")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="auto: bf16 on a GPU, else fp32.  [default: auto]")
-@click.option("--device", metavar="|".join(DEVICES), help="Where to train; cuda:1 is the second GPU.  [default: auto]")
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all cores]")
-@click.option(
-    "--save-every", metavar="N|Mm", help="Write a checkpoint every N steps, or M minutes as in 10m.  [default: 10m]"
-)
+@machine_options
+@save_every_option
 @click.option("--seed", type=int, metavar="S", help="Of weights and order of the data.  [default: 0]")
 @click.option("--licence", metavar="TEXT", help="What the model card says of the weights' licence.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="RUN",
-    help="Folder of the run.  [default: runs/train-sc09-classifier-DATE-TIME]",
-)  # fmt: skip
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with this run.")
-@click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE",
-    help="TOML with these options as keys (batch = 32); options win over it.",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@run_options("train-sc09-classifier", "batch = 32")
 @debug_option
 def train_sc09_classifier(
     out: Path | None, resume: Path | None, config: Path | None, as_json: bool, **settings: Any

@@ -9,13 +9,15 @@ import click
 
 from mambagen.commands.options import (
     CONTEXT_SETTINGS,
-    DEVICES,
     ENCODERS,
     POOLINGS,
-    PRECISIONS,
     SIZES,
+    checkpoint_options,
     debug_option,
     given,
+    machine_options,
+    run_options,
+    update_options,
 )
 from mambagen.errors import UsageError
 
@@ -83,13 +85,8 @@ Examples:
     help="Stop after so many of the ten looks at validation without a better model.  [default: 10]",
 )  # fmt: skip
 @click.option("--lr", type=float, metavar="X", help="Peak learning rate.  [default: 0.004]")
-@click.option("--warmup", type=float, metavar="SHARE", help="Share of the budget in which it rises.  [default: 0.1]")
-@click.option("--weight-decay", type=float, metavar="X", help="AdamW's weight decay.  [default: 0.1]")
-@click.option("--clip", type=float, metavar="X", help="Largest norm of the gradient.  [default: 1.0]")
-@click.option("--accumulate", type=int, metavar="N", help="Cut an update into N pieces to save memory.  [default: 1]")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="auto: bf16 on a GPU, else fp32.  [default: auto]")
-@click.option("--device", metavar="|".join(DEVICES), help="Where to train; cuda:1 is the second GPU.  [default: auto]")
-@click.option("--threads", type=int, metavar="N", help="CPU threads.  [default: all cores]")
+@update_options()
+@machine_options
 @click.option(
     "--reverse-complement/--no-reverse-complement", default=None,
     help="Read half of the windows from the other strand (or none).",
@@ -108,25 +105,8 @@ Examples:
     help="Fit logistic regressions on k-mers, N and case beside it, at every length.",
 )  # fmt: skip
 @click.option("--baseline-windows", type=int, metavar="N", help="Of each species, to fit them on.  [default: 400]")
-@click.option(
-    "--save-every", metavar="N|Mm", help="Write a checkpoint every N steps, or M minutes as in 10m.  [default: 10m]"
-)
-@click.option("--keep", type=int, metavar="K", help="Keep the newest K checkpoints.  [default: 3]")
-@click.option("--seed", type=int, metavar="S", help="Of weights, windows and hold-out.  [default: 0]")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="RUN",
-    help="Folder of the run.  [default: runs/train-species-DATE-TIME]",
-)
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with this run.")
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="TOML with these options as keys (batch_tokens = 131072); options win over it.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@checkpoint_options("weights, windows and hold-out")
+@run_options("train-species", "batch_tokens = 131072")
 @debug_option
 def train_species(
     data: tuple[str, ...],

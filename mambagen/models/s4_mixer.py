@@ -21,9 +21,9 @@ from mambagen.kernels.s4 import s4, s4_step
 from mambagen.models.hippo import dplr_legs
 from mambagen.models.s4d_mixer import (
     LEAST_DECAY,
+    GatedSsm,
     S4State,
     SsmConfig,
-    gated_output,
     log_uniform,
     slow_parameter,
     wide,
@@ -109,29 +109,9 @@ class S4(nn.Module):
         return zero_state(self.C, batch, self.config, device, dtype)
 
 
-class S4Mixer(nn.Module):
-    """GLU(W gelu(S4(x)) + b) over (batch, length, d_model): the S4 layer, without norm and residual."""
+class S4Mixer(GatedSsm):
+    """The layer around `S4`."""
 
     def __init__(self, config: S4Config) -> None:
-        super().__init__()
+        super().__init__(S4(config), config.d_model)
         self.config = config
-        self.ssm = S4(config)
-        self.out_proj = nn.Linear(config.d_model, 2 * config.d_model)
-
-    def forward(
-        self, x: Tensor, state: S4State | None = None, resets: Tensor | None = None, reverse: bool = False
-    ) -> tuple[Tensor, S4State | None]:
-        """Mix a stretch of a sequence; arguments and results as `S4DMixer.forward`."""
-        y, after = self.ssm(x, state, resets, reverse)
-        return gated_output(y, self.out_proj), after
-
-    def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
-        """One position: x (batch, d_model) -> y (batch, d_model) and the new state."""
-        y, after = self.ssm.step(x, state)
-        return gated_output(y, self.out_proj), after
-
-    def allocate_state(
-        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> S4State:
-        """The state before the first position; see `S4.allocate_state`."""
-        return self.ssm.allocate_state(batch, device, dtype)

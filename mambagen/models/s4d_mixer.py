@@ -145,14 +145,13 @@ class S4D(nn.Module):
         return zero_state(self.C, batch, self.config, device, dtype)
 
 
-class S4DMixer(nn.Module):
-    """GLU(W gelu(S4D(x)) + b) over (batch, length, d_model): the S4 layer, without norm and residual."""
+class GatedSsm(nn.Module):
+    """GLU(W gelu(ssm(x)) + b) over (batch, length, d_model): the S4 layer, without norm and residual."""
 
-    def __init__(self, config: S4DConfig) -> None:
+    def __init__(self, ssm: nn.Module, d_model: int) -> None:
         super().__init__()
-        self.config = config
-        self.ssm = S4D(config)
-        self.out_proj = nn.Linear(config.d_model, 2 * config.d_model)
+        self.ssm = ssm
+        self.out_proj = nn.Linear(d_model, 2 * d_model)
 
     def forward(
         self, x: Tensor, state: S4State | None = None, resets: Tensor | None = None, reverse: bool = False
@@ -169,23 +168,31 @@ class S4DMixer(nn.Module):
             y like x, and the new state (None where none was given).
         """
         y, after = self.ssm(x, state, resets, reverse)
-        return gated_output(y, self.out_proj), after
+        return self._output(y), after
 
     def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """One position: x (batch, d_model) -> y (batch, d_model) and the new state."""
-        y, after = self.ssm.step(x, state)
-        return gated_output(y, self.out_proj), after
+        y, after = self.ssm.step(x, state)  # type: ignore[operator]
+        return self._output(y), after
 
     def allocate_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> S4State:
         """The state before the first position; see `S4D.allocate_state`."""
-        return self.ssm.allocate_state(batch, device, dtype)
+        state: S4State = self.ssm.allocate_state(batch, device, dtype)  # type: ignore[operator]
+        return state
+
+    def _output(self, y: Tensor) -> Tensor:
+        """The two halves of W gelu(y) + b, one times the logistic of the other."""
+        return F.glu(self.out_proj(F.gelu(y, approximate="tanh")), dim=-1)
 
 
-def gated_output(y: Tensor, out_proj: nn.Linear) -> Tensor:
-    """The two halves of W gelu(y) + b, one times the logistic of the other."""
-    return F.glu(out_proj(F.gelu(y, approximate="tanh")), dim=-1)
+class S4DMixer(GatedSsm):
+    """The layer around `S4D`."""
+
+    def __init__(self, config: S4DConfig) -> None:
+        super().__init__(S4D(config), config.d_model)
+        self.config = config
 
 
 def slow_parameter(value: Tensor, lr_scale: float) -> nn.Parameter:
