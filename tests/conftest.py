@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,14 @@ def interpreter_works() -> bool:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     interpret(False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For cases so small that threads would mostly wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -7,10 +7,11 @@ columns `record`, `start`, `end`, `name`, `embedding`, a row a region or a base.
 
 import json
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,26 @@ class _NpzFile:
         self._zip.close()
 
 
-class _Hdf5File:
+class _Held(ABC):
+    """A file that rows go to some at a time: what is held is written at the end, unless the work has failed."""
+
+    _file: Any
+
+    @abstractmethod
+    def _flush(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._flush()
+        self._file.close()
+
+
+class _Hdf5File(_Held):
     def __init__(
         self, path: Path, spans: Sequence[Span], dimension: int, pooled: bool, about: Mapping[str, Any]
     ) -> None:
@@ -134,18 +154,8 @@ class _Hdf5File:
             self._written += len(rows)
             self._held = []
 
-    def __enter__(self) -> "_Hdf5File":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._flush()
-        self._file.close()
-
-
-class _ParquetFile:
+class _ParquetFile(_Held):
     def __init__(
         self, path: Path, spans: Sequence[Span], dimension: int, pooled: bool, about: Mapping[str, Any]
     ) -> None:
@@ -184,13 +194,3 @@ class _ParquetFile:
         arrays = [pa.array(record), pa.array(start, pa.int64()), pa.array(end, pa.int64()), pa.array(name), flat]
         self._file.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._held = []
-
-    def __enter__(self) -> "_ParquetFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._flush()
-        self._file.close()

@@ -6,7 +6,7 @@ Every backend's tests draw their cases here, so that all of them are held to the
     assert_close(run_scan(case, "cpu"), run_scan(case, "reference"), 1e-5)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -185,3 +185,9 @@ def assert_close(ours: Mapping[str, Tensor], exact: Mapping[str, Tensor], tolera
     allowed = {name: tolerance + 2 * ROUNDING.get(ours[name].dtype, 0.0) for name in found}
     bad = {name: f"{error:.2e} > {allowed[name]:.2e}" for name, error in found.items() if not error <= allowed[name]}
     assert not bad, bad
+
+
+def part(case: Case, timed: Collection[str], begin: int, end: int, **other: Any) -> Case:
+    """A stretch of a case: its `timed` arguments, (batch, length, ...), cut, and some exchanged for `other`."""
+    cut = {k: v[:, begin:end] if k in timed and v is not None else v for k, v in case.items()}
+    return {**cut, **other}

@@ -1,7 +1,7 @@
 """The convolution on the CPU, and what holds for the op on any backend, against the float64 reference and torch's."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,25 +13,11 @@ from torch import Tensor
 
 from mambagen.kernels import causal_conv1d, cpu_common
 from mambagen.kernels.causal_conv1d import cpu
-from tests.kernels.helpers import Case, Result, assert_close, draw_conv, errors, run_conv
+from tests.kernels.helpers import Case, Result, assert_close, draw_conv, errors, part, run_conv
 
 TOLERANCE = 2e-6
 TIMED = ("x", "resets")  # arguments of (batch, length, ...)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, outputs and scratch memory alike, so that what a kernel leaves unwritten is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def exact(case: Case) -> Result:
@@ -110,11 +96,6 @@ def test_it_equals_the_convolution_of_torch(width: int) -> None:
 # ---- streaming, direction, documents
 
 
-def part(case: Case, begin: int, end: int, **other: Any) -> Case:
-    cut = {k: v[:, begin:end] if k in TIMED and v is not None else v for k, v in case.items()}
-    return {**cut, **other}
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 def test_chunks_with_a_carried_state_equal_the_whole(width: int, reverse: bool) -> None:
@@ -124,7 +105,9 @@ def test_chunks_with_a_carried_state_equal_the_whole(width: int, reverse: bool) 
     ys: dict[int, Tensor] = {}
     carried = case["initial_state"]
     for begin, end in reversed(pieces) if reverse else pieces:
-        ys[begin], carried = causal_conv1d(**part(case, begin, end, initial_state=carried), return_final_state=True)
+        ys[begin], carried = causal_conv1d(
+            **part(case, TIMED, begin, end, initial_state=carried), return_final_state=True
+        )
     assert torch.equal(torch.cat([ys[begin] for begin, _ in pieces], 1), whole)
     assert torch.equal(carried, state)
 
@@ -133,8 +116,8 @@ def test_gradients_through_a_carried_state_equal_the_whole() -> None:
     case = draw_conv(length=90, channels=24)
     x = case["x"].requires_grad_()
     (whole,) = torch.autograd.grad(causal_conv1d(**case).square().sum(), x)
-    first, state = causal_conv1d(**part(case, 0, 41), return_final_state=True)
-    second = causal_conv1d(**part(case, 41, 90, initial_state=state))
+    first, state = causal_conv1d(**part(case, TIMED, 0, 41), return_final_state=True)
+    second = causal_conv1d(**part(case, TIMED, 41, 90, initial_state=state))
     (chunks,) = torch.autograd.grad(first.square().sum() + second.square().sum(), x)
     assert errors({"dx": chunks}, {"dx": whole})["dx"] < 1e-6
 
@@ -154,7 +137,7 @@ def test_packed_documents_equal_separate_ones(reverse: bool) -> None:
     resets = torch.zeros(1, 100, dtype=torch.bool)
     resets[0, starts[:-1]] = True
     packed = causal_conv1d(**{**case, "resets": resets})
-    separate = [causal_conv1d(**part(case, *ends)) for ends in itertools.pairwise(starts)]
+    separate = [causal_conv1d(**part(case, TIMED, *ends)) for ends in itertools.pairwise(starts)]
     assert torch.equal(packed, torch.cat(separate, 1))
 
 

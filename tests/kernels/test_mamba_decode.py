@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.check_decode import rounded, to_double
 from mambagen.kernels.mamba_decode import LayerWeights, Sampling, StackWeights, make_decoder, why_not
 from mambagen.kernels.mamba_decode.cuda import CudaDecoder, Layout, fragments, source, unsupported_shape
 from mambagen.kernels.mamba_decode.reference import ReferenceDecoder, draw_tokens, uniform
@@ -49,32 +50,6 @@ def draw_weights(
     head = normal(vocabulary, width, scale=width**-0.5)
     layered = [layer() for _ in range(layers)]
     return StackWeights(normal(vocabulary, width, scale=0.5), layered, normal(width, scale=0.2, mean=1), head, 1e-5)
-
-
-def to_double(weights: StackWeights) -> StackWeights:
-    layers = [LayerWeights(*(v.double() for v in layer)) for layer in weights.layers]
-    wide = (v.double() for v in (weights.embedding, weights.norm_f, weights.head))
-    embedding, norm_f, head = wide
-    return StackWeights(embedding, layers, norm_f, head, weights.epsilon)
-
-
-def rounded(weights: StackWeights) -> StackWeights:
-    """What the GPU's bfloat16 weights stand for: the norms folded in, four projections rounded."""
-
-    def low(v: Tensor) -> Tensor:
-        return v.bfloat16().float()
-
-    layers = [
-        w._replace(
-            norm=torch.ones_like(w.norm),
-            in_proj=low(w.in_proj * w.norm),
-            x_proj=low(w.x_proj),
-            out_proj=low(w.out_proj),
-        )
-        for w in weights.layers
-    ]
-    ones = torch.ones_like(weights.norm_f)
-    return weights._replace(layers=layers, norm_f=ones, head=low(weights.head * weights.norm_f))
 
 
 def random_tokens(batch: int, steps: int, vocabulary: int = 12) -> Tensor:

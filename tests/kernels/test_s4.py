@@ -13,15 +13,7 @@ from mambagen.models.hippo import dplr_legs, hippo_legs
 from tests.kernels.helpers import assert_close, relative_error
 
 DIFFERENTIABLE = ("x", "dt", "Lambda", "P", "B", "C", "D", "initial_state")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The cases are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(seed=0, batch=2, length=37, channels=6, ssms=2, state=4, initial=True, resets=None, **options):

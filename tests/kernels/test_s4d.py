@@ -12,15 +12,7 @@ from mambagen.kernels.s4d.vandermonde import vandermonde_product
 from tests.kernels.helpers import assert_close, relative_error
 
 DIFFERENTIABLE = ("x", "dt", "A", "C", "D", "initial_state")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The cases are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(

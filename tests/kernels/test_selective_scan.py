@@ -5,7 +5,7 @@ Backends that need a GPU or an interpreter have files of their own beside this o
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,26 +18,12 @@ from torch import Tensor
 from mambagen.kernels import cpu_common, selective_scan
 from mambagen.kernels.dispatch import backend_module
 from mambagen.kernels.selective_scan import cpu
-from tests.kernels.helpers import Case, Result, assert_close, draw_scan, errors, run_scan
+from tests.kernels.helpers import Case, Result, assert_close, draw_scan, errors, part, run_scan
 
 TOLERANCE = 1e-5
 BARE = {"skip": False, "gate": False, "bias": False, "softplus": False, "initial": False}
 TIMED = ("x", "dt", "B", "C", "z", "resets")  # arguments of (batch, length, ...)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, outputs and scratch memory alike, so that what a kernel leaves unwritten is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def exact(case: Case) -> Result:
@@ -180,11 +166,6 @@ def test_nan_stays_in_its_channel_and_after_its_step() -> None:
 # ---- streaming, direction, documents
 
 
-def part(case: Case, begin: int, end: int, **other: Any) -> Case:
-    cut = {k: v[:, begin:end] if k in TIMED and v is not None else v for k, v in case.items()}
-    return {**cut, **other}
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 def test_chunks_with_a_carried_state_equal_the_whole(reverse: bool) -> None:
     case = draw_scan(length=131, channels=40, resets=0.03, reverse=reverse)
@@ -194,7 +175,7 @@ def test_chunks_with_a_carried_state_equal_the_whole(reverse: bool) -> None:
     ys: dict[int, Tensor] = {}
     carried = case["initial_state"]
     for begin, end in reversed(pieces) if reverse else pieces:
-        piece = part(case, begin, end, initial_state=carried)
+        piece = part(case, TIMED, begin, end, initial_state=carried)
         ys[begin], carried = selective_scan(**piece, return_final_state=True)
     assert torch.equal(torch.cat([ys[begin] for begin, _ in pieces], 1), whole)
     assert torch.equal(carried, state)
@@ -204,8 +185,8 @@ def test_gradients_through_a_carried_state_equal_the_whole() -> None:
     case = draw_scan(length=90, channels=24)
     x = case["x"].requires_grad_()
     (whole,) = torch.autograd.grad(selective_scan(**case).square().sum(), x)
-    first, state = selective_scan(**part(case, 0, 41), return_final_state=True)
-    second = selective_scan(**part(case, 41, 90, initial_state=state))
+    first, state = selective_scan(**part(case, TIMED, 0, 41), return_final_state=True)
+    second = selective_scan(**part(case, TIMED, 41, 90, initial_state=state))
     (chunks,) = torch.autograd.grad(first.square().sum() + second.square().sum(), x)
     assert errors({"dx": chunks}, {"dx": whole})["dx"] < 1e-6
 
@@ -226,7 +207,7 @@ def test_packed_documents_equal_separate_ones(reverse: bool) -> None:
     resets = torch.zeros(1, 100, dtype=torch.bool)
     resets[0, starts[:-1]] = True
     packed = selective_scan(**{**case, "resets": resets})
-    separate = [selective_scan(**part(case, *ends)) for ends in itertools.pairwise(starts)]
+    separate = [selective_scan(**part(case, TIMED, *ends)) for ends in itertools.pairwise(starts)]
     assert torch.equal(packed, torch.cat(separate, 1))
 
 

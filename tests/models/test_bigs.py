@@ -12,15 +12,7 @@ from tests.models.mixer_cases import randomise
 
 SHAPE = {"d_model": 16, "n_layer": 2, "d_state": 4}
 ARCHITECTURES = ["gated", "stack"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models here are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encoder(**options):

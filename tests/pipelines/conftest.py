@@ -38,3 +38,16 @@ def pretrain(tiny: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`command("classify", ...)` -> (exit code, stdout, stderr) in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        return cli.run([str(a) for a in arguments]), *capsys.readouterr()
+
+    return call

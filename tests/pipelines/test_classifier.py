@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import mambagen
-from mambagen import cli
 from mambagen.commands.options import ENCODERS, POOLINGS
 from mambagen.commands.train_classifier import train_classifier
 from mambagen.data.dna_tokens import DnaTokenizer
@@ -37,15 +36,10 @@ TINY = 'threads = 1\nsave_every = "1000"\nbatch = 16\nlr = 0.02\n[model]\nd_mode
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, command: Run) -> Run:
     """`run("classify", ...)` -> (exit code, stdout, stderr) in an empty folder with tiny.toml."""
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        return cli.run([str(a) for a in arguments]), *capsys.readouterr()
-
-    return call
+    return command
 
 
 def table(path: Path, rows: int, seed: int, flip: float = 0.0) -> Path:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from scipy import stats
 
-from mambagen import cli
 from mambagen.commands.train_species import train_species
 from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.genome import Stretches
@@ -54,15 +53,10 @@ SPECIES = {"alpha": b"AATTCG", "beta": b"ACGT", "gamma": b"ACCGGT"}  # letters t
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, command: Run) -> Run:
     """`run("classify-species", ...)` -> (exit code, stdout, stderr) in a folder with tiny.toml and genomes."""
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        return cli.run([str(a) for a in arguments]), *capsys.readouterr()
-
-    return call
+    return command
 
 
 @pytest.fixture
