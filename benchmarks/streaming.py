@@ -1,12 +1,14 @@
 """Peak memory and time of `mambagen score` over sequences of growing length: flat memory, linear time.
 
-    python -m benchmarks.streaming FASTA [--model dna] [--megabases 1 10 100] [--format bigwig] [--out streaming.json]
+    python -m benchmarks.streaming FASTA [--model dna] [--megabases 1 10 100] [--format summary] [--out streaming.json]
 
 Each length is one run of the command in a process of its own, over one record that is the FASTA's bases joined end to
 end (and begun again where they are fewer). Its peak memory on the host is what the system counted for it; that of a GPU
 what torch counted. The line through time and length is fitted by least squares: seconds before the first base, and
 bases a second after; processor seconds say the same on a machine that does other things too. With `--check` two passes
 over the shortest, in chunks of two sizes, are held against each other.
+
+Without `--format` it is a bigWig, or a bedGraph where pybigtools, which writes the other, is not installed.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import print_table, write_json
+from mambagen.errors import UsageError
+from mambagen.pipelines.score_tracks import check_bigwig
 
 _PROGRAM = """
 import json, resource, sys, time
@@ -78,20 +82,35 @@ def largest_difference(a: Path, b: Path) -> float:
     return worst
 
 
+def usable(form: str | None) -> str:
+    """The format that was asked for, or bigWig where it can be written; SystemExit where it cannot, before the work."""
+    if form not in (None, "bigwig"):
+        return form
+    try:
+        check_bigwig()
+    except UsageError as error:
+        if form:
+            raise SystemExit(f"benchmarks.streaming: {error}, or take --format bedgraph, tsv or summary") from None
+        print(f"{error}; measured as bedGraph", file=sys.stderr)
+        return "bedgraph"
+    return "bigwig"
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fasta", type=Path, help="real sequence")
     parser.add_argument("--model", default="dna", help="a model's folder, or a built-in one")
     parser.add_argument("--megabases", type=float, nargs="+", default=[1, 10, 100])
-    parser.add_argument("--format", choices=["summary", "bedgraph", "bigwig", "tsv"], default="bigwig")
+    parser.add_argument("--format", choices=["summary", "bedgraph", "bigwig", "tsv"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--both-strands", action="store_true")
     parser.add_argument("--check", action="store_true", help="hold the shortest run against chunks of another size")
     parser.add_argument("--out", help="write the rows as JSON")
     options = parser.parse_args()
-    suffix = {"bigwig": "bw"}.get(options.format, options.format)
+    chosen = usable(options.format)
+    suffix = {"bigwig": "bw"}.get(chosen, chosen)
     common = ["--model", options.model, "--device", options.device, *["--both-strands"][: options.both_strands]]
     common += [] if options.batch_tokens is None else ["--batch-tokens", str(options.batch_tokens)]
     rows = []
@@ -100,7 +119,7 @@ def main() -> None:
         for megabases in sorted(options.megabases):
             bases = round(megabases * 1e6)
             write_record(options.fasta, bases, fasta)
-            form = ["--summary"] if options.format == "summary" else ["--format", options.format]
+            form = ["--summary"] if chosen == "summary" else ["--format", chosen]
             found = measured(["score", str(fasta), *common, *form, "--out", str(out)])
             rows.append(
                 {
@@ -121,7 +140,7 @@ def main() -> None:
                 where = ["--model", options.model, "--device", options.device]
                 measured(["score", str(fasta), *where, "--out", str(track), "--batch-tokens", str(size)])
             print(f"largest difference between chunks of 5,000 and 12,345: {largest_difference(*tracks):.1e}")
-    print_table(rows, f"mambagen score, {options.format}, model {options.model}")
+    print_table(rows, f"mambagen score, {chosen}, model {options.model}")
     if len(rows) > 1:
         for what in ("seconds", "processor s"):
             slope, start = np.polyfit([row["Mb"] for row in rows], [row[what] for row in rows], 1)

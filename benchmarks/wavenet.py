@@ -92,7 +92,7 @@ class WaveNetStepper:
         self._bias = biases(model.gates)[:, None] + left_out @ (self._before + self._now)
         self._dilations = torch.tensor(model.dilations, device=device)
         self._first = self._dilations.cumsum(0) - self._dilations  # of a layer's ring in `_past`
-        self._zero = -left_out.repeat_interleave(self._dilations, 0)
+        self._zero = -left_out.repeat_interleave(self._dilations, 0, output_size=sum(model.dilations))
         self._past = self._zero.repeat(1, count, 1)  # (all rings, count, channels)
         self._place = torch.zeros_like(self._dilations)  # in each ring
         self._seeds = torch.arange(count, device=device) + seed * 1_000_003

@@ -116,15 +116,16 @@ class Kernel:
                 self._call("cuFuncSetAttribute", self._function, 8, shared_bytes)
         self.name, self.device, self.shared_bytes = name, device, shared_bytes
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes, cluster: int = 1) -> None:
+    def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes, cluster: int = 0) -> None:
         """Launch on torch's current stream of the device; `parameters` is the kernel's one by-value argument.
 
-        `cluster` blocks in a row form a thread-block cluster; above 8 the kernel must be `allow_large_clusters`.
+        `cluster` blocks in a row form a thread-block cluster (0: none, and a cluster's instructions are illegal); above 8
+        the kernel must be `allow_large_clusters`.
         """
         buffer = ctypes.create_string_buffer(parameters, len(parameters))
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        if cluster == 1:
+        if cluster == 0:
             result = self._driver.cuLaunchKernel(
                 self._function, *grid, threads, 1, 1, self.shared_bytes, stream, arguments, None
             )  # fmt: skip

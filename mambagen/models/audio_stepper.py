@@ -4,7 +4,8 @@
     stepper.prefill(prompt, classes)                 # (2, length) samples to go on from; optional
     samples = stepper.generate(16_000, temperature=0.9, seeds=[1, 2])   # (2, 16000) uint8; call again to go on
 
-Models of Mamba layers everywhere run in one compiled loop; those with another mixer step in plain torch.
+Models of Mamba layers everywhere run in one compiled loop; those with another mixer in torch's operations, on a GPU as
+CUDA graphs of a whole cycle of samples.
 """
 
 from collections.abc import Sequence
@@ -19,19 +20,25 @@ from mambagen.kernels.mamba_decode import LayerWeights
 from mambagen.kernels.unet_decode import (
     PRECISIONS,
     DecoderState,
-    LevelWeights,
     Sampling,
     UNetWeights,
     choose_backend,
     make_decoder,
 )
-from mambagen.kernels.unet_decode.reference import draw_tokens
-from mambagen.models.audio_unet import MIDDLE, AudioUNet, StageState
+from mambagen.models.audio_decoders import (
+    BlockDecoder,
+    EagerDecoder,
+    GraphedBlocks,
+    decoder_state,
+    stage_state,
+    unet_maps,
+)
+from mambagen.models.audio_unet import MIDDLE, AudioUNet
 from mambagen.models.cpu_linear import OneDnnLinear
 from mambagen.models.mamba_block import MambaBlock
-from mambagen.models.mamba_mixer import MambaState
 
 BACKENDS = ("auto", "cuda", "graph", "cpu", "reference", "eager")
+OF_ANY_MIXER = {"eager": EagerDecoder, "reference": BlockDecoder, "graph": GraphedBlocks}
 READ_BY_STEPS = 16  # samples of a prompt up to which stepping costs less than a pass over the whole of it
 PREFILL_CHUNK = 1 << 15  # samples (of all streams) that are read at once: bounds the memory, not the length
 
@@ -61,10 +68,10 @@ class Stepper:
         Args:
             model: on the device where the stepper is to run.
             batch: how many streams.
-            backend: "auto", "eager" (`AudioUNet.step`, any mixer), or one of mambagen.kernels.unet_decode: "cuda",
-                "graph", "cpu" or "reference".
+            backend: "auto", "eager" (`AudioUNet.step`), or one of mambagen.kernels.unet_decode: "cuda", "graph",
+                "cpu" or "reference"; with another mixer than Mamba somewhere "eager", "reference" or "graph".
             precision: of the compiled backends' matrices, "bfloat16" or "float32" (not of "cuda"); activations, sums
-                and the state are float32.
+                and the state are float32. Models with another mixer step in the precision of their weights.
 
         Raises:
             UsageError: an option is unknown, or the backend cannot run this model here.
@@ -75,19 +82,14 @@ class Stepper:
             raise UsageError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
         self.model, self.batch = model, batch
         self._device = model.lm_head.weight.device
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
         weights = unet_weights(model) if backend != "eager" else None
-        if weights is None and backend not in ("auto", "eager"):
-            raise UsageError(f"backend: {backend!r} runs models of Mamba layers only; this one is {_mixers(model)}")
-        try:
-            self.backend = "eager" if weights is None else choose_backend(weights, backend, precision)
-            if precision not in PRECISIONS:
-                raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        self.backend = _any_mixer(model, backend) if weights is None else _mamba(weights, backend, precision)
 
         def make(streams: int) -> Any:  # Decoder, or what is one but for the kind of its state
             if weights is None:
-                return EagerDecoder(model, streams)
+                return OF_ANY_MIXER[self.backend](model, streams)
             return make_decoder(weights, streams, self.backend, precision)
 
         self._make = make
@@ -288,53 +290,24 @@ class Stepper:
         return tokens
 
 
-class EagerDecoder:
-    """`Decoder` by `AudioUNet.step`, for any mixer; its state is the model's own."""
-
-    def __init__(self, model: AudioUNet, batch: int) -> None:
-        config, weight = model.config, model.lm_head.weight
-        self.model = model
-        self.logits = torch.zeros(batch, config.vocab_size, device=weight.device)
-        self._vectors = torch.zeros(batch, config.d_model, device=weight.device)
-        if model.class_embedding is not None:
-            self._vectors += model.class_embedding.weight.detach()[-1]
-        self._state: Any = model.allocate_state(batch)
-        self._position = 0
-
-    def condition(self, vectors: Tensor) -> None:
-        self._vectors = vectors
-
-    @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
-        after = []
-        for token in tokens.unbind(1):
-            self._step(token)
-            after.append(self.logits.clone())
-        return torch.stack(after, 1)
-
-    @torch.no_grad()
-    def draw(self, steps: int, sampling: Sampling, seeds: Tensor, guidance: float | None = None) -> Tensor:
-        drawn = []
-        for _ in range(steps):
-            token = draw_tokens(self.logits, sampling, seeds, torch.full_like(seeds, self._position), guidance)
-            self._step(token)
-            drawn.append(token)
-        return torch.stack(drawn, 1)
-
-    def load_state(self, state: tuple[int, StageState]) -> None:
-        self._position, self._state = state
-
-    def state(self) -> Any:
-        return self._position, self._state
-
-    def _step(self, token: Tensor) -> None:
-        x = self.model.embedding(token)
-        logits, self._state = self.model.step_embedded(x.float() + self._vectors, self._state)
-        self.logits.copy_(logits)
-        self._position += 1
+def _mamba(weights: UNetWeights, backend: str, precision: str) -> str:
+    """The backend that runs for a model of Mamba layers."""
+    try:
+        return choose_backend(weights, backend, precision)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
-# ---- between the model's shapes and the decoder's
+def _any_mixer(model: AudioUNet, backend: str) -> str:
+    """The backend that runs for any other model."""
+    device = model.lm_head.weight.device.type
+    if backend == "auto":
+        return "graph" if device == "cuda" else "reference"
+    if backend not in OF_ANY_MIXER:
+        raise UsageError(f"backend: {backend!r} runs models of Mamba layers only; this one is {_mixers(model)}")
+    if backend == "graph" and device != "cuda":
+        raise UsageError(f"the backend 'graph' cannot run this: the weights are on {device}")
+    return backend
 
 
 def unet_weights(model: AudioUNet) -> UNetWeights | None:
@@ -342,24 +315,15 @@ def unet_weights(model: AudioUNet) -> UNetWeights | None:
     config = model.config
     if config.outer != "mamba" or config.centre != "mamba":
         return None
+    maps = unet_maps(model)
     levels = [
-        LevelWeights(
-            [_layer_weights(block) for block in model.blocks("down", i)],
-            [_layer_weights(block) for block in model.blocks("up", i)],
-            pool,
-            *(v.detach() for layer in model.pools(i) for v in (layer.weight, layer.bias)),
+        level._replace(
+            down=[_layer_weights(block) for block in model.blocks("down", i)],
+            up=[_layer_weights(block) for block in model.blocks("up", i)],
         )
-        for i, pool in enumerate(config.pool)
+        for i, level in enumerate(maps.levels)
     ]
-    return UNetWeights(
-        model.embedding.weight.detach(),
-        levels,
-        [_layer_weights(block) for block in model.blocks("centre")],
-        model.norm_f.weight.detach(),
-        model.lm_head.weight.detach(),
-        model.lm_head.bias.detach(),
-        config.norm_epsilon,
-    )
+    return maps._replace(levels=levels, centre=[_layer_weights(block) for block in model.blocks("centre")])
 
 
 def _layer_weights(block: Any) -> LayerWeights:
@@ -372,37 +336,6 @@ def _layer_weights(block: Any) -> LayerWeights:
         w.conv_bias.detach(),
         *(v.detach() for v in (w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D, w.out_proj)),
     )
-
-
-def decoder_state(model: AudioUNet, state: Any, position: int) -> DecoderState:
-    """A state of `AudioUNet` as the decoders have it."""
-    layers: list[MambaState] = []
-    buffers, queues = [], []
-    for pool in model.config.pool:
-        layers += [*state.down, *state.up]
-        gone = state.buffer.shape[1]
-        buffers.append(torch.cat([state.buffer, torch.zeros_like(state.queue)], 1))
-        queues.append(torch.cat([torch.zeros_like(state.buffer), state.queue], 1))
-        assert gone + state.queue.shape[1] == pool
-        state = state.deeper
-    layers += state
-    return DecoderState(position, [v.conv.float() for v in layers], [v.ssm for v in layers], buffers, queues)
-
-
-def stage_state(model: AudioUNet, state: DecoderState) -> StageState:
-    """A decoder's state as `AudioUNet` has it."""
-    dtype = model.lm_head.weight.dtype
-    layers = iter([MambaState(conv.to(dtype), ssm) for conv, ssm in zip(state.conv, state.ssm, strict=True)])
-    position, parts = state.position, []
-    for i, pool in enumerate(model.config.pool):
-        gone, position = position % pool, position // pool
-        down, up = (tuple(next(layers) for _ in model.blocks(where, i)) for where in ("down", "up"))
-        parts.append((down, state.buffers[i][:, :gone], state.queues[i][:, gone:], up))
-    after: Any = tuple(layers)
-    for down, buffer, queue, up in reversed(parts):
-        after = StageState(down, buffer, queue, after, up)
-    assert isinstance(after, StageState)
-    return after
 
 
 def _mixers(model: AudioUNet) -> str:

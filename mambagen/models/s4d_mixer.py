@@ -168,12 +168,12 @@ class GatedSsm(nn.Module):
             y like x, and the new state (None where none was given).
         """
         y, after = self.ssm(x, state, resets, reverse)
-        return self._output(y), after
+        return self.output(y), after
 
     def step(self, x: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """One position: x (batch, d_model) -> y (batch, d_model) and the new state."""
         y, after = self.ssm.step(x, state)  # type: ignore[operator]
-        return self._output(y), after
+        return self.output(y), after
 
     def allocate_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -182,7 +182,7 @@ class GatedSsm(nn.Module):
         state: S4State = self.ssm.allocate_state(batch, device, dtype)  # type: ignore[operator]
         return state
 
-    def _output(self, y: Tensor) -> Tensor:
+    def output(self, y: Tensor) -> Tensor:
         """The two halves of W gelu(y) + b, one times the logistic of the other."""
         return F.glu(self.out_proj(F.gelu(y, approximate="tanh")), dim=-1)
 

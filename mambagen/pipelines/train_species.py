@@ -248,6 +248,19 @@ def sampler_of(config: TrainSpeciesConfig, parts: SpeciesParts) -> SpeciesSample
     )
 
 
+def fit_baselines(config: TrainSpeciesConfig, parts: SpeciesParts, progress: Progress) -> list[Baseline]:
+    """What the accuracy is to be held against, on the same test windows; no model is needed for it."""
+    return baselines(
+        parts,
+        lower_as_unknown(config.source()),
+        config.lengths,
+        config.baseline_windows,
+        config.test_windows,
+        config.seed,
+        say=progress.state,
+    )
+
+
 def to_keep(config: TrainSpeciesConfig) -> TrainSpeciesConfig:
     """The same for config.toml: files by their absolute paths, so that a run can go on from any folder."""
     data, splits = config.source().absolute()
@@ -313,17 +326,7 @@ def _train_and_report(
     figures = measure_species(
         chosen, parts, config.lengths, config.test_windows, config.seed, at_once, say=progress.state
     )
-    found: list[Baseline] = []
-    if config.baselines:
-        found = baselines(
-            parts,
-            lower_as_unknown(config.source()),
-            config.lengths,
-            config.baseline_windows,
-            config.test_windows,
-            config.seed,
-            say=progress.state,
-        )
+    found = fit_baselines(config, parts, progress) if config.baselines else []
     save_model(
         chosen,
         best,

@@ -112,9 +112,12 @@ def test_a_share_of_each_class_is_held_out_and_copies_stay_together() -> None:
     assert sorted(letters(data.hold_out(0.2, seed=2)[1])) != sorted(letters(valid))
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_kmer_frequencies_are_those_of_counting_strings(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambagen.data.kmers._ROWS", 3)
+@pytest.mark.parametrize(("k", "rows", "bases"), [(1, 3, 1000), (3, 3, 70), (3, 100, 1)])
+def test_kmer_frequencies_are_those_of_counting_strings(
+    k: int, rows: int, bases: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambagen.data.kmers._ROWS", rows)  # counted at once
+    monkeypatch.setattr("mambagen.data.kmers._BASES", bases)
     texts = [random_dna(30 + i, i, b"ACGTN") for i in range(7)] + ["AC"[: k - 1] or "N"]
     table = kmer_frequencies([TOKENIZER.encode(t.encode()) for t in texts], k)
     for row, text in zip(table, texts, strict=True):

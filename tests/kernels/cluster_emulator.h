@@ -62,7 +62,7 @@ struct Deposit { uint4 a; uint2 b; u64 value; };
 struct Warp { u64 count = 0; Deposit box[2][32]; };
 struct Block {
   u8* memory;
-  u64 arrived = 0;
+  u64 arrived = 0, team_arrived = 0;
   std::vector<Warp> warps;
 };
 struct Fiber {
@@ -71,7 +71,7 @@ struct Fiber {
   Index thread;
   Block* block;
   u32 rank;
-  u64 collectives = 0, syncs = 0, cluster_syncs = 0;
+  u64 collectives = 0, syncs = 0, team_syncs = 0, cluster_syncs = 0;
   bool done = false;
 };
 struct Event { u64 when; std::function<void()> land; };
@@ -165,6 +165,14 @@ inline void __syncthreads() {
   const u64 n = ++f.syncs;
   f.block->arrived++;
   wait_until([&] { return f.block->arrived >= n * f.block->warps.size() * 32; });
+}
+inline int fresh_thread() { return threadIdx.x; }
+inline void team_sync(int threads) {
+  Fiber& f = *machine.current;
+  if ((int)f.thread.x >= threads) fail("a thread outside the team is at its barrier");
+  const u64 n = ++f.team_syncs;
+  f.block->team_arrived++;
+  wait_until([&] { return f.block->team_arrived >= n * threads; });
 }
 inline void cluster_sync() {
   const u64 n = ++machine.current->cluster_syncs;

@@ -37,7 +37,7 @@ def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     files = [HERE / "cluster_emulator.h", kernels.parent / "mamba_decode" / "sampling.cuh", kernels / "decode.cu"]
     text = "".join(file.read_text() for file in files) + (
         'extern "C" int emulate(const Parameters* p, int blocks, int shared_bytes, u32 seed) {\n'
-        "  return launch(blocks, 1, THREADS, shared_bytes, seed, [=] { decode(*p); });\n}\n"
+        "  return launch(blocks, 1, THREADS + 32, shared_bytes, seed, [=] { decode(*p); });\n}\n"
     )
     options = [f"-D{name}={value}" for name, value in defines]
     key = hashlib.sha256("\0".join([text, *options]).encode()).hexdigest()[:16]

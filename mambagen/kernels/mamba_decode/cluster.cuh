@@ -50,6 +50,11 @@ __device__ __forceinline__ bool barrier_test(u64* bar, u32 parity) {
 WAIT(wait_for, "cta")
 WAIT(wait_for_cluster, "cluster")  // for what other blocks have sent
 
+// The thread's number, of which nothing is computed before: what depends on it is not kept in registers over a long loop.
+__device__ __forceinline__ int fresh_thread() { int t = threadIdx.x; asm volatile("" : "+r"(t)); return t; }
+
+// A barrier of the block's first `threads` threads (all warps of them, and no others).
+__device__ __forceinline__ void team_sync(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 // Asynchronous stores to another block; its barrier counts the bytes when they have landed.
 __device__ __forceinline__ void send(u32 to, float a, u32 bar) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"

@@ -18,7 +18,7 @@ from mambagen.kernels.nvrtc import Kernel, why_unavailable
 from mambagen.kernels.unet_decode import DecoderState, LayerWeights, Sampling, UNetWeights
 
 STATE, TAPS, EXPAND = 16, 4, 2
-THREADS = 512
+THREADS = 512  # that compute; 32 more feed them
 MAX_LEVELS, MAX_RANK, MAX_VOCABULARY = 8, 64, 1024
 SLOT = 16384  # bytes of a copy of weights, at least
 LEAST_SLOTS = 4
@@ -137,7 +137,7 @@ class CudaDecoder:
         self._limit, self._watchdog = limit, watchdog
         self._vocabulary, self._width = weights.head.shape
         self._epsilon = weights.epsilon
-        self._packed, self._chunks, self._counts = pack(weights, Layout.of(weights, 1, limit))
+        self._packed = pack(weights, Layout.of(weights, 1, limit))
         layout = Layout.of(weights, 2, limit)
         self._rows = _up(batch, 2)
         self._streams = streams
@@ -224,16 +224,15 @@ class CudaDecoder:
         streams = 2 if guidance is not None else self._streams
         layout = Layout.of(self._shapes, streams, self._limit)
         tensors = (
-            self._packed, self._chunks, self._tables, self._pool_bias, self._embedding, self._condition,
+            self._packed, self._tables, self._pool_bias, self._embedding, self._condition,
             self._head_bias, self._bias, self._flat_ssm, self._flat_conv, self._frames, self._logits, self._seeds,
             forced, drawn, after,
         )  # fmt: skip
         pointers = [0 if v is None else v.data_ptr() for v in tensors]
         top_k = layout.vocabulary if sampling.top_k is None else min(sampling.top_k, layout.vocabulary)
-        counts = [*self._counts, *[0] * (MAX_LEVELS - len(self._counts))]
         parameters = struct.pack(
-            "16PQQffi4xiiiff8i", *pointers, self._position, 0, sampling.inverse_temperature, sampling.top_p, top_k,
-            steps, self._rows, int(guidance is not None), 1.0 if guidance is None else guidance, self._epsilon, *counts,
+            "15PQQffi4xiiiff", *pointers, self._position, 0, sampling.inverse_temperature, sampling.top_p, top_k,
+            steps, self._rows, int(guidance is not None), 1.0 if guidance is None else guidance, self._epsilon,
         )  # fmt: skip
         parameters += bytes(-len(parameters) % 8)
         self._run(parameters, layout)
@@ -241,7 +240,7 @@ class CudaDecoder:
 
     def _run(self, parameters: bytes, layout: Layout) -> None:
         kernel = _kernel(self.device.index or 0, tuple(layout.defines(self._watchdog).items()), layout.launch_bytes)
-        kernel((self._rows // layout.streams, 1, 1), THREADS, parameters)
+        kernel((self._rows // layout.streams, 1, 1), THREADS + 32, parameters)
 
 
 @functools.cache
@@ -262,37 +261,22 @@ def _kernel(device: int, defines: tuple[tuple[str, object], ...], shared_bytes: 
 
 
 @torch.no_grad()
-def pack(weights: UNetWeights, layout: Layout) -> tuple[Tensor, Tensor, list[int]]:
-    """All matrices as bytes, the sizes of the copies in which they are read (int32), and how many a level has.
-
-    The norms' weights are folded into in_proj and the head.
-    """
+def pack(weights: UNetWeights, layout: Layout) -> Tensor:
+    """All matrices as bytes, in the order of their use; the norms' weights are folded into in_proj and the head."""
     pieces: list[Tensor] = []
-    sizes: list[int] = []
-    counts: list[int] = []
     for level, (group, rank) in enumerate(zip(weights.groups, layout.ranks, strict=True)):
-        matrices = []
         if level:
-            matrices.append(weights.levels[level - 1].down_weight.float())
+            pieces.append(pack_eights(weights.levels[level - 1].down_weight))
         for w in group:
             dt, B_C = w.x_proj.float().split([w.dt_proj.shape[1], 2 * STATE])
             mixed = torch.cat([F.pad(dt, (0, 0, 0, rank - len(dt))), B_C])
-            matrices += [w.in_proj.float() * w.norm.float(), mixed, w.out_proj.float()]
+            pieces += [pack_eights(m) for m in (w.in_proj.float() * w.norm.float(), mixed, w.out_proj)]
         if level:
-            matrices.append(weights.levels[level - 1].up_weight.float())
+            pieces.append(pack_eights(weights.levels[level - 1].up_weight))
         else:
             head = weights.head.float() * weights.norm_f.float()
-            matrices.append(F.pad(head, (0, 0, 0, layout.vocabulary - len(head))))
-        before = len(sizes)
-        for matrix in matrices:
-            packed = pack_eights(matrix)
-            pieces.append(packed.flatten())
-            step = packed[0].numel()
-            steps = min(len(packed), layout.slot_bytes // step)
-            sizes += [min(steps, len(packed) - k) * step for k in range(0, len(packed), steps)]
-        counts.append(len(sizes) - before)
-    chunks = torch.tensor(sizes, dtype=torch.int32, device=pieces[0].device)
-    return torch.cat(pieces), chunks, counts
+            pieces.append(pack_eights(F.pad(head, (0, 0, 0, layout.vocabulary - len(head)))))
+    return torch.cat([piece.flatten() for piece in pieces])
 
 
 def pack_eights(matrix: Tensor) -> Tensor:

@@ -6,15 +6,16 @@ the host launches once in `cycle` samples.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambagen.kernels.unet_decode import LayerWeights, LevelWeights, Sampling, UNetWeights
-from mambagen.kernels.unet_decode.reference import ReferenceDecoder, draw_tokens
+from mambagen.kernels.unet_decode.reference import InPlaceUNet, ReferenceDecoder, draw_numbers, pick_tokens
 
 LONGEST = 64  # steps of a graph
+WARM_UPS = 3  # runs before a capture, in which libraries choose and set themselves up
 
 
 class _Way(NamedTuple):
@@ -24,16 +25,18 @@ class _Way(NamedTuple):
     guidance: float | None
 
 
-class GraphDecoder(ReferenceDecoder):
-    """`Decoder` on a GPU; matrices in bfloat16 or float32, everything else float32."""
+class Graphed(InPlaceUNet):
+    """To stand before an `InPlaceUNet` among a class's bases: its steps are then run as CUDA graphs."""
 
-    def __init__(self, weights: UNetWeights, batch: int, precision: str) -> None:
-        super().__init__(_with_matrices(weights, torch.bfloat16 if precision == "bfloat16" else torch.float32), batch)
-        device = weights.embedding.device
-        self._tokens = torch.zeros(min(weights.cycle, LONGEST), batch, dtype=torch.int64, device=device)
-        self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._cycle, device = self.weights.cycle, self.logits.device
+        self._tokens = torch.zeros(min(self._cycle, LONGEST), self.batch, dtype=torch.int64, device=device)
+        self._seeds = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        self._ahead = torch.arange(len(self._tokens), device=device)[:, None]
         self._readers: dict[int, Callable[[], None]] = {}  # by depth
         self._drawers: dict[int, Callable[[], None]] = {}  # by depth; 0 is a whole cycle
+        self._phase: int | None = None  # of the position at which the whole cycle begins
         self._way: _Way | None = None
 
     @torch.no_grad()
@@ -53,56 +56,72 @@ class GraphDecoder(ReferenceDecoder):
     def draw(self, steps: int, sampling: Sampling, seeds: Tensor, guidance: float | None = None) -> Tensor:
         way = _Way(sampling, guidance)
         if way != self._way:
-            self._way, self._drawers = way, {}  # only the last: graphs hold memory
+            self._way, self._drawers, self._phase = way, {}, None  # only the last: graphs hold memory
         self._seeds.copy_(seeds)
-        cycle = self.weights.cycle
         drawn = torch.empty(steps, self.batch, dtype=torch.int64, device=seeds.device)
         done = 0
         while done < steps:
-            if cycle <= LONGEST and self._position % cycle == 0 and steps - done >= cycle:
-                depths = [self._depth(place) for place in range(cycle)]
-                self._drawer(0, way, depths)()
+            if self._whole(steps - done):
+                places = range(self._position, self._position + self._cycle)
+                depths, key = [self._depth(place) for place in places], 0
             else:
                 depths = [self._depth()]
-                self._drawer(depths[0], way, depths)()
+                key = depths[0]
+            if key not in self._drawers:
+                self._drawers[key] = self._captured(functools.partial(self._draw_some, way, depths))
+            self._drawers[key]()
             drawn[done : done + len(depths)] = self._tokens[: len(depths)]
             self._position += len(depths)
             done += len(depths)
         return drawn.T.contiguous()
 
-    def _drawer(self, key: int, way: _Way, depths: list[int]) -> Callable[[], None]:
-        if key not in self._drawers:
+    def _whole(self, steps: int) -> bool:
+        """Whether the graph of a whole cycle is for the next steps; it is made where one first begins."""
+        if self._cycle > LONGEST or steps < self._cycle:
+            return False
+        if self._phase is None:
+            self._phase = self._position % self._cycle
+        return self._position % self._cycle == self._phase
 
-            def run() -> None:
-                for row, depth in zip(self._tokens, depths, strict=False):
-                    place = self._place.expand_as(self._seeds)
-                    row.copy_(draw_tokens(self.logits, way.sampling, self._seeds, place, way.guidance))
-                    self._advance(row, depth)
-
-            self._drawers[key] = self._captured(run)
-        return self._drawers[key]
+    def _draw_some(self, way: _Way, depths: list[int]) -> None:
+        """Draw and hear a token for each of the depths. The random numbers, many small launches, are made at once."""
+        ahead = self._ahead[: len(depths)]
+        places = (self._place + ahead).expand(-1, self.batch)
+        numbers = draw_numbers(self._seeds.expand_as(places), places)
+        for row, number, depth in zip(self._tokens, numbers, depths, strict=False):
+            row.copy_(pick_tokens(self.logits, way.sampling, number, way.guidance))
+            self._advance(row, depth)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
         """The steps as one launch; nothing is changed by making it."""
-        held = [*self._held(), *self._slots, self._place, self._tokens, self.logits]
-        before = [v.clone() for v in held]
+        changed = [*self.held(), *self._slots, self._place, self._tokens, self.logits]
+        before = [v.clone() for v in changed]
         captured = capture(run, self.logits.device)
-        for v, was in zip(held, before, strict=True):
+        for v, was in zip(changed, before, strict=True):
             v.copy_(was)
         return captured
 
 
+class GraphDecoder(Graphed, ReferenceDecoder):
+    """`Decoder` on a GPU; matrices in bfloat16 or float32, everything else float32."""
+
+    def __init__(self, weights: UNetWeights, batch: int, precision: str) -> None:
+        super().__init__(_with_matrices(weights, torch.bfloat16 if precision == "bfloat16" else torch.float32), batch)
+
+
 def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A CUDA graph of the function; it runs once more, before, so that libraries set themselves up outside."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: in training, a thread that prepares batches may pin memory meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
+    """A CUDA graph of the function, which is run some times before: what it changes is the caller's to put back."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: in training, a thread that prepares batches may pin memory meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
     return graph.replay
 
 
