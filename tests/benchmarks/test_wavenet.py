@@ -5,6 +5,7 @@ import torch
 from benchmarks.wavenet import WaveNet, WaveNetStepper
 from mambagen.kernels.mamba_decode.reference import uniform
 from mambagen.pipelines.audio_language_model import shifted
+from tests.capturable import assert_capturable
 
 
 def test_the_baseline_has_the_published_size() -> None:
@@ -45,7 +46,7 @@ def test_what_is_captured_for_a_gpu_are_the_steps_themselves() -> None:
         stepper.begin()
         drawn = []
         for _ in range(3):
-            stepper.run()
+            assert_capturable(stepper.run)
             drawn.append(stepper.drawn.clone())
     assert torch.equal(torch.cat(drawn).T, model.generate(3, 48, seed=2).long())
     assert held == {name: v.data_ptr() for name, v in vars(stepper).items() if isinstance(v, torch.Tensor)}
