@@ -13,7 +13,8 @@ from tests.benchmarks.small_genomes import genomes
 
 SMALL = {
     "model": {"d_model": 16, "n_layer": 1}, "context": 256, "shortest": 128, "batch_tokens": 4096, "lr": 1e-2,
-    "valid_windows": 20, "test_windows": 20, "baseline_windows": 30, "lengths": (128, 512), "k": 3, "patch": 8, "seed": 1,
+    "valid_windows": 20, "test_windows": 20, "baseline_windows": 30, "lengths": (128, 512), "k": 3, "patch": 8,
+    "seed": 1,
 }  # fmt: skip
 
 Measure = Callable[..., dict[str, Any]]
