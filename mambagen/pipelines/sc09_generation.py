@@ -24,7 +24,7 @@ from mambagen.models.saving import CONFIG, load_model
 from mambagen.pipelines.audio_language_model import shifted
 
 BITS = 1 / np.log(2)
-AT_ONCE = {"cpu": 8, "cuda": 256}  # streams of generation
+AT_ONCE = {"cpu": 8, "cuda": 512}  # streams of generation
 SCORED_AT_ONCE = {"cpu": 2, "cuda": 32}  # clips that go through the model whole
 
 

@@ -1,4 +1,4 @@
-"""Candidates for the CUDA scan's backward on a host processor, compiled by the system's C++ compiler."""
+"""The CUDA scan's backward on a host processor: cuda_backward.cu compiled by the system's C++ compiler."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.backward_candidates import kernel_files, shared_bytes, warps_of
 from mambagen.kernels.selective_scan import cuda
 from tests.kernels.emulated_decoder import COMPILER
 
@@ -21,7 +20,6 @@ LAUNCHERS = """
 extern "C" int emulate(const Parameters* p, int x, int y, int z, int shared_bytes, u32 seed) {
   gridDim = {(u32)x, (u32)y, (u32)z};
   copies.assign(32 * WARPS, {});
-  named_block = 0xffffffff;
   return launch(x * y * z, 1, 32 * WARPS, shared_bytes, seed, [=] { scan_backward(*p); });
 }
 extern "C" void emulate_sums(const Reduction* p, int blocks) {
@@ -41,42 +39,40 @@ extern "C" void emulate_sums(const Reduction* p, int blocks) {
 class EmulatedKernel:
     """A kernel whose launches run in the emulator."""
 
-    def __init__(
-        self, name: str, setting: dict[str, int], file: str, function: str, options: tuple[tuple[str, int], ...]
-    ) -> None:
+    def __init__(self, file: str, function: str, options: tuple[tuple[str, int], ...]) -> None:
         assert file == "cuda_backward.cu", "only the backward of one chunk is emulated"
-        values = {key: int(value) for key, value in options}
-        values |= setting
-        values["WARPS"] = warps_of(name, values["WARPS"])
-        self.name, self.function, self.values = name, function, values
+        self.function, self.values = function, {key: int(value) for key, value in options}
 
     def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes) -> None:
-        library = _library(self.name, tuple(self.values.items()))
+        library = _library(tuple(self.values.items()))
         if self.function == "add_partials":
             library.emulate_sums(parameters, grid[0])
             return
-        memory = shared_bytes(self.name, self.values, 4 if self.values["DTYPE"] == 0 else 2)
+        memory = cuda._shared_bytes(self.function, self.values, 4 if self.values["DTYPE"] == 0 else 2)
         assert memory <= SHARED_BYTES
         failed = library.emulate(parameters, *grid, memory, 0)
         assert failed == 0, "the emulator stopped the kernel (its message is on stderr)"
 
 
 @contextlib.contextmanager
-def emulated(name: str, setting: dict[str, int]) -> Iterator[None]:
-    """`cuda.backward` on CPU tensors by a candidate with these macros, while it lasts."""
+def emulated() -> Iterator[None]:
+    """`cuda.backward` on CPU tensors, while it lasts."""
 
     def kernel(file: str, function: str, device: int | None, options: tuple[tuple[str, int], ...]) -> EmulatedKernel:
-        return EmulatedKernel(name, setting, file, function, options)
+        return EmulatedKernel(file, function, options)
 
     with mock.patch.object(cuda, "_kernel", kernel), mock.patch.object(cuda, "processors", return_value=1):
         yield
 
 
 @functools.cache
-def _library(name: str, options: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def _library(options: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     assert COMPILER is not None
-    files = [HERE / "cluster_emulator.h", HERE / "scan_emulator.h", *kernel_files(name)]
-    text = "".join(file.read_text() for file in files) + LAUNCHERS
+    kernel = (Path(cuda.__file__).parent / "cuda_backward.cu").read_text()
+    memory = "extern __shared__ __align__(16) u8 raw_shared[];"
+    assert memory in kernel
+    kernel = kernel.replace(memory, "u8* raw_shared = dynamic_shared();")
+    text = "".join((HERE / name).read_text() for name in ("cluster_emulator.h", "scan_emulator.h")) + kernel + LAUNCHERS
     defines = [f"-D{key}={value}" for key, value in options]
     key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"mambagen-emulated-scan-{key}.so"

@@ -1,5 +1,5 @@
 // What prelude.cuh gives the scan kernels, on the emulator of cluster_emulator.h: asynchronous copies fill their target with
-// NaN until they are waited for; tensor-core factors lose the 13 bits that tf32 lacks.
+// NaN until they are waited for.
 #if DTYPE == 0
 typedef float2 Pair;
 #else
@@ -33,20 +33,6 @@ inline u32 __ballot_sync(u32, bool v) {
   return bits;
 }
 
-struct Named { u64 arrived = 0; std::vector<u64> mine; };
-static Named named[16];
-static u32 named_block = 0xffffffff;
-inline void barrier_of(int id, int threads) {
-  if (named_block != machine.block_index.x) {
-    named_block = machine.block_index.x;
-    for (Named& n : named) n.arrived = 0, n.mine.assign(1024, 0);
-  }
-  Named& n = named[id];
-  const u64 round = ++n.mine[threadIdx.x];
-  n.arrived++;
-  wait_until([&] { return n.arrived >= round * threads; });
-}
-
 struct Copy { u8 *to; u8 bytes[16]; int size; };
 static std::vector<std::vector<Copy>> copies;  // of every thread
 template <int size> inline void copy(void* to, const void* from, int bytes) {
@@ -62,27 +48,4 @@ template <int pending> inline void copy_wait() {
   for (const Copy& c : copies[threadIdx.x]) memcpy(c.to, c.bytes, c.size);
   copies[threadIdx.x].clear();
 }
-
-inline float tf32(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-template <int K> inline void multiply_columns(float (&sum)[4], const float (&a)[K / 2], const float (&b)[K / 4]) {
-  Deposit mine{};
-  memcpy(&mine.a, a, sizeof a);
-  memcpy(&mine.b, b, sizeof b);
-  Deposit* all = meet(mine);
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  for (int k = 0; k < K; k++) {
-    float rows[4], column[2][2];
-    memcpy(rows, &all[g * 4 + k % 4].a, sizeof rows);
-    for (int j = 0; j < 2; j++) {
-      memcpy(column[j], &all[(2 * q + j) * 4 + k % 4].b, sizeof column[j]);
-      const float v = tf32(column[j][k / 4]);
-      sum[j] += tf32(rows[k / 4 * 2]) * v;
-      sum[2 + j] += tf32(rows[k / 4 * 2 + 1]) * v;
-    }
-  }
-}
-inline void multiply_tf32(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-  multiply_columns<8>(sum, {a0, a1, a2, a3}, {b0, b1});
-}
-inline void multiply_tf32(float (&sum)[4], float a0, float a1, float b0) { multiply_columns<4>(sum, {a0, a1}, {b0}); }
 #define Warp ScanWarp  // the kernel has a struct of that name

@@ -77,5 +77,6 @@ def test_states_are_carried_as_by_the_loop(backwards: bool) -> None:
 
 def test_float64_is_refused_by_the_op() -> None:
     case = draw(initial=False)
+    case["x"] = case["x"].double()
     with pytest.raises(ValueError, match="float64 runs on the reference only"):
-        s4d(**{**case, "x": case["x"].double()}, backend="triton")
+        s4d(**{k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in case.items()}, backend="triton")

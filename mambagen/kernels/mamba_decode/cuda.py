@@ -21,7 +21,8 @@ from mambagen.kernels.nvrtc import Kernel, why_unavailable
 STATE, WIDTH = 16, 4  # states a channel, taps of the convolution
 WARPS, MARKS = 8, 12
 MAX_VOCABULARY = 1024
-MAX_STREAMS = 8  # of one cluster
+MAX_STREAMS = 20  # of one cluster
+SIXTEEN_STREAMS = 4  # up to which a cluster of 16 blocks is faster than one of 8: one column tile
 SMALLEST_SLOT = 16384  # bytes of one copy of weights
 EARLY_OUT = 32  # registers in which weights of out_proj wait for their activations
 LAUNCH_STEPS = 4096  # tokens of one launch: an interrupt is answered, a display's GPU stays usable
@@ -69,9 +70,8 @@ class Layout:
     def of(weights: StackWeights, streams: int, terms: int, shared_bytes: int, cluster: int | None = None) -> "Layout":
         first = weights.layers[0]
         channels, width = first.out_proj.shape[1], first.out_proj.shape[0]
-        tiles = math.gcd(_up(channels, 16) // 16, _up(width, 16) // 16)
         if cluster is None:
-            cluster = next(size for size in (8, 4, 2, 1) if tiles % size == 0)
+            cluster = next(size for size in (8, 4, 2, 1) if Layout.divides(weights, size))
         tile = 16 * cluster
         vocabulary = weights.head.shape[0]
         split = vocabulary > 64
@@ -79,6 +79,12 @@ class Layout:
             cluster, streams, len(weights.layers), _up(width, tile), _up(channels, tile) // cluster,
             _up(first.dt_proj.shape[1], 16), _up(vocabulary, tile if split else 16), terms, split, shared_bytes,
         )  # fmt: skip
+
+    @staticmethod
+    def divides(weights: StackWeights, cluster: int) -> bool:
+        """Whether so many blocks have equal shares of the channels and of the residual, in tiles of 16."""
+        width, channels = weights.layers[0].out_proj.shape
+        return math.gcd(_up(channels, 16) // 16, _up(width, 16) // 16) % cluster == 0
 
     @property
     def step_bytes(self) -> tuple[int, int, int, int]:
@@ -283,24 +289,30 @@ class CudaDecoder:
 
     def _choose(self, weights: StackWeights, terms: int, cluster: int | None, streams: int | None) -> Layout:
         limit = self._shared_limit()
+        if cluster is None:
+            cluster = Layout.of(weights, 1, terms, limit).cluster
+            twice = 2 * cluster
+            if cluster == 8 and not Layout.of(weights, 1, terms, limit).resident and Layout.divides(weights, twice):
+                at_once = self._side_by_side(Layout.of(weights, 1, terms, limit, twice))
+                if at_once and math.ceil(self.batch / at_once) <= SIXTEEN_STREAMS:
+                    cluster = twice
         if streams is None:
-            # one stream a cluster as long as clusters can run side by side, then up to MAX_STREAMS, then waves
-            alone = Layout.of(weights, 1, terms, limit, cluster)
-            wanted = math.ceil(self.batch / max(1, self._side_by_side(alone)))
-            streams = min(MAX_STREAMS, 1 << (wanted - 1).bit_length())
+            # as few a cluster as let all clusters run at the same time: a second wave takes as long as the first
+            at_once = self._side_by_side(Layout.of(weights, 1, terms, limit, cluster))
+            streams = min(MAX_STREAMS, math.ceil(self.batch / max(1, at_once)))
         while True:
             layout = Layout.of(weights, streams, terms, limit, cluster)
             if layout.fits:
                 return layout
             if streams == 1:
                 raise ValueError(f"mamba_decode: {unsupported_shape(weights, limit)}")
-            streams //= 2
+            streams = (streams + 1) // 2
 
     def _shared_limit(self) -> int:
         return chip(self.device)[0]
 
     def _side_by_side(self, layout: Layout) -> int:
-        """How many clusters run at the same time."""
+        """How many clusters run at the same time; 0 where the chip has none of that size."""
         return _active_clusters(self.device.index or 0, layout.cluster, layout.launch_bytes)
 
     def _launch(
@@ -344,7 +356,11 @@ def chip(device: torch.device) -> tuple[int, int]:
 def _active_clusters(device: int, cluster: int, shared_bytes: int) -> int:
     probe = Kernel('extern "C" __global__ void probe(int) {}', "probe", {}, device, shared_bytes)
     if cluster > 8:
-        probe.allow_large_clusters()
+        try:
+            probe.allow_large_clusters()
+            return probe.active_clusters(32 * WARPS, cluster)
+        except RuntimeError:  # of more than 8 blocks not every chip has
+            return 0
     return probe.active_clusters(32 * WARPS, cluster)
 
 

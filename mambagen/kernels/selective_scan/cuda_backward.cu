@@ -23,8 +23,15 @@ struct Parameters {
 
 #define TENSORS (3 + HAS_Z)
 
+// Shared memory has 32 banks of a float. Where 16 lanes read h, each two channels of a state: the two low bits of the
+// state change places, and the four quads of channels are permuted by the two high bits, so that no two of them meet.
+__device__ __forceinline__ int h_row(int n) { return (n & ~3) | (n & 1) << 1 | (n >> 1 & 1); }
+__device__ __forceinline__ int h_column(int n, int c) { return c ^ (n >> 2) << 2; }
+// C's slot orders lie pairwise exchanged, half of the banks from B's, as a half warp writes both.
+#define C_ORDER(order) ((order) ^ 1)
+
 struct __align__(16) Stage {
-  float h[16][CHANNELS];
+  float h[16][CHANNELS];            // [h_row(n)][h_column(n, c)]
   T rows[TENSORS][TILE][CHANNELS];  // x, dt, dy, z
 };
 struct __align__(16) Warp {
@@ -79,7 +86,7 @@ struct Server {
 #pragma unroll
         for (int order = 0; order < 4; order++) {
           int at = (n & ~3) | ((n & 2) ^ (order & 2));
-          *(float2*)&BC[row * WARPS + warp][which][order][at] = order & 1 ? make_float2(v.y, v.x) : v;
+          *(float2*)&BC[row * WARPS + warp][which][which ? C_ORDER(order) : order][at] = order & 1 ? make_float2(v.y, v.x) : v;
         }
       }
     }
@@ -163,11 +170,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     row_step[j] = -way * TILE * row * (i64)sizeof(T);
   }
   const float* h_from = p.saved + ((batch * saves + last / TILE) * 16 + lane / 4) * p.channels + first + lane % 4 * 4;
-  const i64 h_row = (i64)8 * p.channels, h_step = (i64)16 * p.channels;
+  const i64 h_half = (i64)8 * p.channels, h_step = (i64)16 * p.channels;
   auto load = [&](int to, int left) {
     Stage& st = own.stage[to];
-    copy<16>(&st.h[lane / 4][lane % 4 * 4], h_from, 16);
-    copy<16>(&st.h[8 + lane / 4][lane % 4 * 4], h_from + h_row, 16);
+    const int n = lane / 4, c = lane % 4 * 4;
+    copy<16>(&st.h[h_row(n)][h_column(n, c)], h_from, 16);
+    copy<16>(&st.h[h_row(n + 8)][h_column(n + 8, c)], h_from + h_half, 16);
     h_from -= h_step;
 #pragma unroll
     for (int j = 0; j < row_copies; j++) {
@@ -277,7 +285,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
     float start[4][2];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float2 v = *(const float2*)&st.h[4 * q + (i ^ order)][2 * g];
+      const int n = 4 * q + (i ^ order);
+      const float2 v = *(const float2*)&st.h[h_row(n)][h_column(n, 2 * g)];
       start[i][0] = v.x, start[i][1] = v.y;
     }
     barrier_wait(&sh.ready[slot], it / RING & 1);
@@ -312,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
             h[r][i][j] = fmaf(e, r ? h[r ? r - 1 : 0][i][j] : start[i][j], (j ? dx.y : dx.x) * b[i]);
           }
 #if HAS_Z
-        const float4 c4 = *(const float4*)&sh.BC[slot][r][1][order][4 * q];
+        const float4 c4 = *(const float4*)&sh.BC[slot][r][1][C_ORDER(order)][4 * q];
         const float c[4] = {c4.x, c4.y, c4.z, c4.w};
 #pragma unroll
         for (int j = 0; j < 2; j++)
@@ -334,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_backwa
         const int r = r0 + k2;
         const float2 d = *(const float2*)&own.dt[r][2 * g], dx = *(const float2*)&own.dtx[r][2 * g],
                      u = *(const float2*)&own.dy[r][2 * g];
-        const float4 b4 = *(const float4*)&sh.BC[slot][r][0][order][4 * q], c4 = *(const float4*)&sh.BC[slot][r][1][order][4 * q];
+        const float4 b4 = *(const float4*)&sh.BC[slot][r][0][order][4 * q], c4 = *(const float4*)&sh.BC[slot][r][1][C_ORDER(order)][4 * q];
         const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
         float vB[4], vC[4];
         float keep = 1.f;
