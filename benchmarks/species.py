@@ -242,7 +242,7 @@ def draw(found: Found, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure, axis = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     rows = rows_of(found, "baselines")
     for name in DRAWN:
         mine = [row for row in rows if row["name"] == name]
@@ -254,13 +254,15 @@ def draw(found: Found, path: Path) -> None:
             spread = [[row["accuracy"] - row["low"] for row in mine], [row["high"] - row["accuracy"] for row in mine]]
             axis.errorbar(
                 [row["length"] for row in mine], [row["accuracy"] for row in mine],
-                yerr=spread, fmt=form, color="black", capsize=3, label=name,
+                yerr=spread, fmt=form, color="black", capsize=3, markersize=4, label=name,
             )  # fmt: skip
     axis.axhline(1 / len(found["species"]), color="grey", linestyle=":", label="guessing")
     axis.set(xscale="log", ylim=(0, 1.02), xlabel="bases of the record", ylabel="accuracy", title=found["set"])
-    axis.legend(fontsize="small")
+    lengths = sorted(map(int, found.get("windows", {})))
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
     print(f"drawn: {path}", file=sys.stderr)
 
