@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,9 @@ from mambagen.models.saving import CARD, model_card, model_writers
 from mambagen.pipelines.audio_language_model import BITS
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig
 from mambagen.pipelines.pretrain_audio import pretrain_audio, resume_pretrain_audio, with_recipe
+from mambagen.pipelines.sc09_generation import Generator
 from mambagen.training.checkpoint import list_checkpoints
+from mambagen.training.loop import choose_device
 from mambagen.training.progress import Progress
 from mambagen.training.run_folder import read_metrics
 
@@ -55,6 +58,7 @@ VOICES = 220  # of espeak-ng; each says the ten digits
 WORDS = 900  # clips of other words by people, in the first phase
 CARRIED = 60_000_000  # bytes that prepared/ may have, to travel
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
+HELD_OUT_ROWS = 256  # clips of like lengths, of which the generator takes some at once
 TRIMMED = 10 ** (-45 / 20)  # quieter than this at a word's ends is cut off
 UNLIKE_SPEECH = ("whisper", "croak", "demonic", "robo", "zac", "announce", "klatt", "shelby", "storm", "travis")
 
@@ -282,14 +286,17 @@ def finish(arguments: argparse.Namespace) -> None:
 
 def held_out_figures(folder: Path, shards: AudioShards, device: str) -> dict[str, float]:
     """Nats a sample on the clips of people who were not trained on, each clip whole with its own class."""
-    voice = AudioVoice(folder, device)
-    clips, total, count = shards["valid"], 0.0, 0
-    for row in range(len(clips)):
-        tokens = clips.clip(row)
-        label = DIGITS.index(shards.labels[clips.label[row]])
-        total -= voice.log_likelihood(tokens[:0], tokens, label)
-        count += len(tokens)
-    return {"nats a sample": total / count, "bits a byte": total / count * BITS, "samples": count}
+    generator = Generator(folder, choose_device(device))
+    clips, nats, count = shards["valid"], 0.0, 0
+    rows = sorted(range(len(clips)), key=lambda row: int(clips.length[row]))  # like lengths together
+    for at in range(0, len(rows), HELD_OUT_ROWS):
+        some = [clips.clip(row) for row in rows[at : at + HELD_OUT_ROWS]]
+        labels = [DIGITS.index(shards.labels[clips.label[row]]) for row in rows[at : at + HELD_OUT_ROWS]]
+        lengths = np.array([len(tokens) for tokens in some])
+        padded = np.stack([np.pad(tokens, (0, lengths.max() - len(tokens)), constant_values=128) for tokens in some])
+        nats -= float(generator.log_likelihoods(padded, lengths, np.array(labels)).sum())
+        count += int(lengths.sum())
+    return {"nats a sample": nats / count, "bits a byte": nats / count * BITS, "samples": count}
 
 
 def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -305,8 +312,10 @@ def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         top_p=arguments.top_p,
         guidance=arguments.guidance,
     )
+    began = time.monotonic()
     with Progress() as progress:
         made = list(voice.clips(config, progress.state))
+    print(f"{len(made)} clips in {time.monotonic() - began:.1f} s", flush=True)
     heard = judge.judge(np.stack([clip.samples.astype(np.float32) / 32768 for clip in made])).heard
     right = np.array([judge.digits[int(h)] == clip.label for h, clip in zip(heard, made, strict=True)])
     each = {digit: float(right[[clip.label == digit for clip in made]].mean()) for digit in DIGITS}

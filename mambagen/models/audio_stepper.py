@@ -45,7 +45,7 @@ PREFILL_CHUNK = 1 << 15  # samples (of all streams) that are read at once: bound
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a stepper was; of use to the stepper that gave it only."""
+    """Where a stepper was; of use to one of the same model, backend and batch only."""
 
     state: Any
     logits: Tensor
@@ -53,6 +53,14 @@ class Snapshot:
     guided: bool
     prompt: Tensor | None
     classes: Tensor
+
+    def rows(self, streams: Sequence[int]) -> "Snapshot":
+        """That of some of the streams, for a stepper of the same model that has so many."""
+        rows = torch.tensor(streams, device=self.classes.device)
+        each = torch.stack([2 * rows, 2 * rows + 1], 1).flatten() if self.guided else rows
+        prompt = None if self.prompt is None else self.prompt[rows]
+        state, logits = _select(self.state, each), self.logits[each]
+        return Snapshot(state, logits, self.position, self.guided, prompt, self.classes[rows])
 
 
 class Stepper:
@@ -308,6 +316,16 @@ def _any_mixer(model: AudioUNet, backend: str) -> str:
     if backend == "graph" and device != "cuda":
         raise UsageError(f"the backend 'graph' cannot run this: the weights are on {device}")
     return backend
+
+
+def _select(state: Any, rows: Tensor) -> Any:
+    """Rows of a state: nested tuples and lists of tensors (batch, ...), and numbers."""
+    if isinstance(state, Tensor):
+        return state[rows]
+    if not isinstance(state, tuple | list):
+        return state
+    parts = [_select(part, rows) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
 
 
 def unet_weights(model: AudioUNet) -> UNetWeights | None:

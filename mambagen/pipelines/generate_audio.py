@@ -44,7 +44,8 @@ Tokens = NDArray[np.uint8]
 PROMPT_LIMIT = 600.0  # seconds of sound that can be continued
 LONGEST = 24 * 3600.0  # seconds that can be asked for
 STREAMS = {"cpu": 8, "cuda": 128}  # that are made at once
-SCORED = 1 << 16  # samples that go through the model at once to be scored
+SCORED = 1 << 16  # samples of a stream that go through the model at once to be scored
+SCORED_AT_ONCE = 1 << 19  # of all streams, on a GPU
 FIRST_BLOCK, BLOCK = 0.02, 0.25  # seconds: a stream's first block, and the largest
 ATTEMPTS = 4  # times that a clip is taken back before it is left as it is
 
@@ -278,15 +279,37 @@ class AudioVoice:
         meter: Meter,
         done: int,
     ) -> None:
-        """Fill the streams' tokens, all at once; those that run away are then made again from there, one by one."""
-        stepper = self._begin(streams, prompt)
-        size = self.guard.window_samples
+        """Fill the streams' tokens, all at once; those that run away are then taken back, all at once again."""
+        begun = self._begin(streams, prompt)
         made = [np.zeros(0, np.uint8) for _ in streams]
+        seeds = [stream.seed for stream in streams]
+        faults = self._go_on(begun, made, seeds, prompt, steps, config, lambda n: meter.add(n, done))
+        for stream, tokens in zip(streams, made, strict=True):
+            stream.tokens = tokens
+        if faults:
+            self._mend([(streams[row], *fault) for row, fault in faults.items()], prompt, steps, config)
+        meter.add(0, done + len(streams))
+
+    def _go_on(
+        self,
+        stepper: Stepper,
+        made: list[Tokens],
+        seeds: Sequence[int],
+        prompt: Tokens,
+        steps: int,
+        config: GenerateAudioConfig,
+        tell: Callable[[int], None] | None = None,
+        to_the_end: bool = False,
+    ) -> dict[int, tuple[int, Fault]]:
+        """Draw what the rows of `made`, all of one length, lack of `steps`; where faults came up in which rows.
+
+        Ends earlier where all rows have one, but for `to_the_end`; `tell` is told of samples as they are made.
+        """
         faults: dict[int, tuple[int, Fault]] = {}
-        at = 0
-        while at < steps and len(faults) < len(streams):
-            block = min(size, steps - at)
-            drawn = self._draw(stepper, block, [s.seed for s in streams], config)
+        at = len(made[0])
+        while at < steps and (to_the_end or len(faults) < len(made)):
+            block = min(self.guard.window_samples, steps - at)
+            drawn = self._draw(stepper, block, seeds, config)
             at += block
             for row, tokens in enumerate(drawn):
                 made[row] = np.concatenate((made[row], tokens))
@@ -294,39 +317,39 @@ class AudioVoice:
                     fault = self._fault(made[row], at == steps, prompt)
                     if fault:
                         faults[row] = (at, fault)
-            meter.add(block * len(streams), done)
-        for row, stream in enumerate(streams):
-            stream.tokens = made[row]
-            if row in faults:
-                self._mend(stream, prompt, steps, *faults[row], config)
-        meter.add(0, done + len(streams))
+            if tell:
+                tell(block * len(made))
+        return faults
 
     def _mend(
-        self, stream: _Stream, prompt: Tokens, steps: int, at: int, fault: Fault, config: GenerateAudioConfig
+        self, faults: list[tuple[_Stream, int, Fault]], prompt: Tokens, steps: int, config: GenerateAudioConfig
     ) -> None:
-        """Take a stream back to before the fault and go on with another seed, until it is well or given up."""
-        tokens, found = stream.tokens[:at], fault
-        stepper = self._begin([stream], prompt)
-        after_prompt = stepper.snapshot()
+        """Take streams back to before their faults and go on with other seeds, until they are well or given up.
+
+        Each goes back to the beginning of a window, so that many meet there and are drawn on together.
+        """
+        after_prompt = self._begin([stream for stream, *_ in faults], prompt).snapshot()
+        wrong = {row: (at, fault) for row, (_, at, fault) in enumerate(faults)}
         for attempt in range(1, ATTEMPTS + 1):
-            kept = tokens[: self.guard.go_back_to(len(tokens), found, self.quantiser.decode(tokens))]
-            seed = stream_seed(config.seed, stream.index, stream.candidate, attempt)
-            stepper.restore(after_prompt)
-            if len(kept):
-                stepper.prefill(torch.from_numpy(kept.astype(np.int64))[None])
-            tokens, stream.takes = kept, attempt + 1
-            again: Fault | None = None
-            while len(tokens) < steps and not again:
-                block = min(self.guard.window_samples, steps - len(tokens))
-                tokens = np.concatenate((tokens, self._draw(stepper, block, [seed], config)[0]))
-                again = self._fault(tokens, len(tokens) == steps, prompt)
-            if again is None:
-                stream.tokens, stream.fault = tokens, None
-                return
-            found = again
-        if len(tokens) < steps:  # given up: the rest as it comes
-            tokens = np.concatenate((tokens, self._draw(stepper, steps - len(tokens), [seed], config)[0]))
-        stream.tokens, stream.fault = tokens, found
+            meeting: dict[int, list[int]] = {}  # samples that are kept -> rows
+            for row, (at, fault) in wrong.items():
+                heard = self.quantiser.decode(faults[row][0].tokens[:at])
+                kept = self.guard.go_back_to(at, fault, heard)
+                meeting.setdefault(kept - kept % self.guard.window_samples, []).append(row)
+            wrong = {}
+            for kept, rows in sorted(meeting.items()):
+                streams = [faults[row][0] for row in rows]
+                made = [stream.tokens[:kept] for stream in streams]
+                stepper = Stepper(self.model, len(rows), self.backend, self.precision)
+                stepper.restore(after_prompt.rows(rows))
+                if kept:
+                    stepper.prefill(torch.from_numpy(np.stack(made).astype(np.int64)))
+                seeds = [stream_seed(config.seed, s.index, s.candidate, attempt) for s in streams]
+                found = self._go_on(stepper, made, seeds, prompt, steps, config, to_the_end=attempt == ATTEMPTS)
+                for i, (row, stream) in enumerate(zip(rows, streams, strict=True)):
+                    stream.tokens, stream.takes, stream.fault = made[i], attempt + 1, None
+                    if i in found:
+                        wrong[row], stream.fault = found[i], found[i][1]
 
     def _fault(self, tokens: Tokens, finished: bool, prompt: Tokens) -> Fault | None:
         samples = self.quantiser.decode(tokens)
@@ -355,13 +378,38 @@ class AudioVoice:
     # ---- how likely they are
 
     def _score(self, streams: Sequence[_Stream], prompt: Tokens, config: GenerateAudioConfig) -> None:
+        nats = self._likelihoods(streams, prompt, [stream.class_index for stream in streams])
+        for stream, found in zip(streams, nats, strict=True):
+            stream.nats = -found / len(stream.tokens)
+        if config.rank != "class" or config.candidates == 1:
+            return
         none = self.model.config.classes
-        for stream in streams:
-            stream.nats = -self.log_likelihood(prompt, stream.tokens, stream.class_index) / len(stream.tokens)
-            if config.rank == "class" and config.candidates > 1:
-                each = [self.log_likelihood(prompt, stream.tokens, k) for k in range(none)]
-                total = float(np.logaddexp.reduce(each))
-                stream.confidence = math.exp(each[stream.class_index] - total)
+        each = np.array([self._likelihoods(streams, prompt, [k] * len(streams)) for k in range(none)])
+        total = np.logaddexp.reduce(each, axis=0)
+        for row, stream in enumerate(streams):
+            stream.confidence = math.exp(each[stream.class_index, row] - total[row])
+
+    def _likelihoods(self, streams: Sequence[_Stream], prompt: Tokens, classes: Sequence[int]) -> list[float]:
+        """`log_likelihood` of each stream under its class; on a GPU many at once where there is no prompt."""
+        steps = len(streams[0].tokens)
+        rows = SCORED_AT_ONCE // steps if self.device.type == "cuda" and not len(prompt) else 1
+        found: list[float] = []
+        for at in range(0, len(streams), max(1, rows)):
+            some = slice(at, at + max(1, rows))
+            if rows < 2:
+                found.append(self.log_likelihood(prompt, streams[at].tokens, classes[at]))
+            else:
+                found += self._whole(np.stack([s.tokens for s in streams[some]]), classes[some])
+        return found
+
+    @torch.no_grad()
+    def _whole(self, tokens: Tokens, classes: Sequence[int]) -> list[float]:
+        """`log_likelihood` of rows (batch, length) without a prompt that pass through the model as they are."""
+        targets = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        asked = torch.tensor(classes, device=self.device) if self.model.config.classes else None
+        logits, _ = self.model(shifted(targets), None, asked)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        return (-nats.view(targets.shape).double().sum(1)).tolist()
 
     @torch.no_grad()
     def log_likelihood(self, prompt: Tokens, tokens: Tokens, class_index: int = 0) -> float:

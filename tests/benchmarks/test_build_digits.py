@@ -13,6 +13,7 @@ from benchmarks import build_digits
 from mambagen.data.audio_shards import AudioShards
 from mambagen.data.spoken_words import DIGITS
 from mambagen.models import load_model
+from mambagen.pipelines.generate_audio import AudioVoice
 
 TINY = ("d_model=8", "n_layer=1", "pool=[2, 2]", "lengths=[256]", "batch=2", "threads=1", "samples=0")
 
@@ -68,6 +69,11 @@ def test_from_a_table_to_a_model_folder(
     figures = json.loads(out[: out.index("\n}") + 2])
     assert figures["held-out clips"] == 10
     assert figures["samples"] == 4000
+    voice, valid, nats = AudioVoice(tmp_path / "digits", "cpu"), real["valid"], 0.0
+    for row in range(len(valid)):
+        tokens = valid.clip(row)
+        nats -= voice.log_likelihood(tokens[:0], tokens, DIGITS.index(real.labels[valid.label[row]]))
+    assert figures["nats a sample"] == pytest.approx(nats / 4000, rel=1e-5)
     card = (tmp_path / "digits" / "README.md").read_text()
     assert f"{figures['nats a sample']:.4f} nats a sample" in card
     assert "real: " in card

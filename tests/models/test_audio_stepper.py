@@ -172,6 +172,20 @@ def test_a_snapshot_brings_the_streams_back(model, prompt, backend, guidance):
     assert not torch.equal(stepper.generate(20, seeds=[5, 6, 7], guidance=guidance), expected)
 
 
+@pytest.mark.parametrize("fields", [{}, {"outer": "s4+mlp", "ssm_state": 4}], ids=["mamba", "s4 outside"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_some_streams_of_a_snapshot_go_on_elsewhere(fields, prompt, guidance):
+    model = build(**fields)
+    stepper = begun(model, prompt, "auto")
+    stepper.generate(6, guidance=guidance)
+    there = stepper.snapshot().rows([2, 0])
+    expected = stepper.generate(20, seeds=[4, 5, 6], guidance=guidance)
+    other = Stepper(model, 2, precision="float32")
+    other.restore(there)
+    assert other.position == 76
+    assert torch.equal(other.generate(20, seeds=[6, 4], guidance=guidance), expected[[2, 0]])
+
+
 @pytest.mark.parametrize(
     "fields",
     [

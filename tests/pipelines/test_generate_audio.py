@@ -192,11 +192,47 @@ def test_the_guard_goes_back_and_draws_anew(voice: AudioVoice, monkeypatch: pyte
     assert [clip.takes for clip in clips] == [1, 2]
     assert said == []
     assert clips[1].fault is None
-    kept = 12_000 - 4000 - 1600  # noticed at 0.75 s: the window and a tenth of a second are dropped
+    kept = 4000  # noticed at 0.75 s: the window and a tenth of a second are dropped, and what begins a window before
     assert read == [kept]
     assert {clip.seed for clip in clips} == first
     assert len(clips[1].tokens) == RATE
     np.testing.assert_array_equal(clips[1].tokens[kept:][:4000], tone[:4000])
+
+
+def test_clips_that_ran_away_are_mended_together_as_each_alone(
+    voice: AudioVoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(tokens: np.ndarray, finished: bool, prompt: np.ndarray) -> str | None:
+        return "noise" if int(tokens[-4000:].astype(int).sum()) % 5 < 2 else None
+
+    steppers: list[int] = []
+
+    class Counted(Stepper):
+        def __init__(self, model: AudioUNet, batch: int, *options: str) -> None:
+            steppers.append(batch)
+            super().__init__(model, batch, *options)
+
+    monkeypatch.setattr(voice, "_fault", fault)
+    monkeypatch.setattr(generate_audio, "Stepper", Counted)
+    config = GenerateAudioConfig(seconds=0.75, count=8, seed=1, at_once=8)
+    together = list(voice.clips(config, warn=lambda line: None))
+    assert max(clip.takes for clip in together) > 2
+    assert {clip.takes for clip in together} != {5}
+    runaways = sum(clip.takes > 1 for clip in together)
+    assert steppers[:2] == [8, runaways]
+    assert sum(steppers[2:]) == sum(clip.takes - 1 for clip in together)
+    assert len(steppers[2:]) <= 4 * 2  # kept are 0 or 4000 samples: two groups at each of the four tries
+    alone = list(voice.clips(config.model_copy(update={"at_once": 1}), warn=lambda line: None))
+    for one, other in zip(together, alone, strict=True):
+        assert (one.takes, one.fault) == (other.takes, other.fault)
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert len(one.tokens) == 12_000
+
+
+def test_many_clips_are_scored_at_once_as_each_alone(voice: AudioVoice) -> None:
+    clips = made(voice, count=5)
+    found = voice._whole(np.stack([clip.tokens for clip in clips]), [DIGITS.index(clip.label) for clip in clips])
+    np.testing.assert_allclose([-nats / len(clips[0].tokens) for nats in found], [c.nats for c in clips], rtol=1e-5)
 
 
 def test_the_guard_gives_up_after_some_tries_and_says_so(command: Command, tmp_path: Path) -> None:
