@@ -37,6 +37,7 @@ def main() -> None:
                 row = measure(size, model, TOKENS // length, length)
                 del row["graph"]
                 rows.append({"size": row.pop("model"), "recompute": recompute, **row})
+                print(rows[-1], flush=True)
         del model
         torch.cuda.empty_cache()
     print_table(rows, f"{TOKENS:,} tokens in flight, {torch.cuda.get_device_name()}")

@@ -165,8 +165,10 @@ def main() -> None:
             continue
         for batch, length in AUDIO_SHAPES if options.audio else SHAPES:
             rows.append(measure(name, model, batch, length))
+            print(rows[-1], flush=True)
             if batch * length <= MAX_TOKENS:
                 rows.append(measure(name, model, batch, length, graph=True))
+                print(rows[-1], flush=True)
         del model
         torch.cuda.empty_cache()
     print_table(rows, "audio U-Nets" if options.audio else f"{options.layers} layers, d_model {options.d_model}")
