@@ -1,15 +1,16 @@
 """Encoders by length on a GPU: forward pass and train step of the same number of tokens, time and memory; S4D by FFT.
 
     python -m benchmarks.encoders [--encoders bigs bimamba bert] [--size 7m] [--tokens 131072] [--out encoders.json]
-        [--figure encoders.png] [--parts length s4d]
+        [--figure encoders.png] [--parts s4d length]
 
-"length": encoders of one size at lengths of 128 to 131072, under bfloat16 autocast. `bert` is attention by PyTorch's
-flash kernels. "s4d": the train step of one S4D layer (forward, backward) beside the usual implementation in plain
-torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs.
+"s4d", which comes first: the train step of one S4D layer (forward, backward) beside the usual implementation in plain
+torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs. "length": encoders of one size
+at lengths of 128 to 131072, under bfloat16 autocast; `bert` is attention by PyTorch's flash kernels. --out is written
+anew after every row, so a time limit loses nothing.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,10 +35,9 @@ def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
     return milliseconds, torch.cuda.max_memory_allocated() / 1e9
 
 
-def encoder_rows(encoders: list[str], size: str, tokens: int) -> list[dict[str, Any]]:
-    """A row an encoder and length."""
+def encoder_rows(encoders: list[str], size: str, tokens: int) -> Iterator[dict[str, Any]]:
+    """A row an encoder and length, as they are measured."""
     wanted = count_parameters("mamba", MAMBA_SIZES[size].model_dump())
-    rows = []
     for name in encoders:
         shape = match_parameters(name, wanted)
         built = build_encoder(name, shape)
@@ -53,11 +53,9 @@ def encoder_rows(encoders: list[str], size: str, tokens: int) -> list[dict[str, 
                 milliseconds, gigabytes = measured(run)
                 row[f"{part} Mtok/s"] = None if milliseconds is None else batch * length / milliseconds / 1e3
                 row[f"{part} GB"] = gigabytes
-            rows.append(row)
-            print(row, flush=True)
+            yield row
         encoder.zero_grad(set_to_none=True)
         del encoder, built
-    return rows
 
 
 def passes(encoder: nn.Module, ids: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -89,9 +87,8 @@ def plain_s4d(layer: S4D, x: Tensor) -> Tensor:
     return (y + wide * D[:, None]).transpose(1, 2).to(x.dtype)
 
 
-def s4d_rows(tokens: int, channels: int = 256, states: int = 32) -> list[dict[str, Any]]:
+def s4d_rows(tokens: int, channels: int = 256, states: int = 32) -> Iterator[dict[str, Any]]:
     """A row a length and way to share systems: ours beside plain torch, and how far apart they are."""
-    rows = []
     for shared in (False, True):
         for length in (1024, 4096, 16384, 65536):
             torch.manual_seed(0)
@@ -118,19 +115,17 @@ def s4d_rows(tokens: int, channels: int = 256, states: int = 32) -> list[dict[st
                 row["difference"] = float((a - b).norm() / b.norm())
             except torch.cuda.OutOfMemoryError:
                 row["difference"] = None
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+            yield row
 
 
-def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Speed and memory of the train step against length."""
+def draw(rows: list[dict[str, Any]], path: str, device: str) -> None:
+    """Speed of both passes and memory of the train step against length; `device` is the GPU's name."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8))
     for name in dict.fromkeys(row["encoder"] for row in rows):
         own = [row for row in rows if row["encoder"] == name]
         for axis, key in zip(axes, ("forward Mtok/s", "train Mtok/s", "train GB"), strict=True):
@@ -139,16 +134,17 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{torch.cuda.get_device_name()}, bfloat16")
+    figure.suptitle(f"{device}, bfloat16")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoders", nargs="+", default=["bigs", "bigs-stack", "bimamba", "bert"])
-    parser.add_argument("--parts", nargs="+", choices=("length", "s4d"), default=["length", "s4d"])
+    parser.add_argument("--parts", nargs="+", choices=("s4d", "length"), default=["s4d", "length"])
     parser.add_argument("--size", default="7m")
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--out")
@@ -156,16 +152,25 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.encoders: needs a CUDA device")
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def taken(measuring: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a part, each printed and written when it is there."""
+        own = []
+        for row in measuring:
+            own.append(row)
+            rows.append(row)
+            print(row, flush=True)
+            write_json(args.out, "encoders", rows)
+        return own
+
+    if "s4d" in args.parts:
+        print_table(taken(s4d_rows(args.tokens)), "train step of an S4D layer, 256 channels")
     if "length" in args.parts:
-        rows = encoder_rows(args.encoders, args.size, args.tokens)
-        print_table(rows, f"encoders of {args.size}")
+        encoders = taken(encoder_rows(args.encoders, args.size, args.tokens))
+        print_table(encoders, f"encoders of {args.size}")
         if args.figure:
-            draw(rows, args.figure)
-    systems = s4d_rows(args.tokens) if "s4d" in args.parts else []
-    if systems:
-        print_table(systems, "train step of an S4D layer, 256 channels")
-    write_json(args.out, "encoders", rows + systems)
+            draw(encoders, args.figure, torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":
