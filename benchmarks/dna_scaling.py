@@ -2,23 +2,81 @@
 
     python -m benchmarks.dna_scaling --data genomes/*.fa.gz --splits splits.bed --runs scaling --out scaling.json \\
         --figure scaling.png [--tokens 134217728] [--device cuda]
+    python -m benchmarks.dna_scaling ... --sizes --tokens 536870912         # the contexts alone, four times as long
 
 Two series through `pretrain_dna`, each model on the same number of tokens: the sizes 250k to 7m at a context of 1,024,
-then the 1.4m model at growing contexts with sequence-length warmup from 1,024. Every model is measured on all held-out
-bases, so that figures compare. The runs stay in `--runs`, each with its checkpoint; a run that is there is resumed.
+then the 1.4m model at growing contexts with sequence-length warmup from 1,024. The runs stay in `--runs`, each with its
+checkpoint; a run that is there is resumed.
+
+After its training every model is measured on the same held-out bases, whatever its context: in windows of its context
+side by side, each read alone ("perplexity"), and with the state carried from end to end of each held-out stretch
+("carried"). The Markov chain of order 8 is fitted on the same training part and measured on the same bases too.
 """
 
 import argparse
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.build_dna import mean_loss
 from benchmarks.common import print_table, write_json
-from mambagen.pipelines.pretrain_dna import PretrainDnaConfig, PretrainDnaResult, pretrain_dna, resume_pretrain_dna
+from mambagen.data.genome import Stretches
+from mambagen.data.markov import MarkovModel
+from mambagen.data.sequence_store import SequenceStore
+from mambagen.pipelines.genomes import open_genome, split_rows
+from mambagen.pipelines.likelihood import LanguageModel, Span
+from mambagen.pipelines.pretrain_dna import (
+    BASELINE_BASES,
+    PretrainDnaConfig,
+    PretrainDnaResult,
+    pretrain_dna,
+    resume_pretrain_dna,
+)
 
 SIZES = ("250k", "700k", "1.4m", "7m")
 CONTEXTS = (1 << 10, 1 << 13, 1 << 16, 1 << 19)
 FIRST = 1 << 10
+MIDDLE = "1.4m"  # the size of the second series
+OWN_LOOK = 1 << 18  # held-out bases of a run's own curve; what is compared is measured after it
+ORDER = 8  # of the Markov chain
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The bases that every model is measured on, and what the chain makes of them."""
+
+    stretches: Stretches
+    markov: float  # perplexity
+
+    @classmethod
+    def of(cls, data: Sequence[str], splits: str | None, seed: int, bases: int, piece: int) -> "HeldOut":
+        """What `pretrain_dna` holds out of these data, or about so many ``bases`` of it in pieces evenly spread."""
+        genome = open_genome(data)
+        train, valid = genome.hold_out(0.1, seed=seed, intervals=split_rows(data, genome, splits))
+        chain = MarkovModel(ORDER, both_strands=True).fit(train.some(BASELINE_BASES))
+        measured = valid.some(bases, piece)
+        return cls(measured, chain.perplexity(measured))
+
+    def measure(self, model: LanguageModel, context: int) -> dict[str, float]:
+        """Perplexities of a model and the number of bases, which does not depend on the context.
+
+        Every base but the first of a stretch is predicted once; a window reads the base before its first one too.
+        """
+        found: dict[str, float] = {}
+        with SequenceStore(model.tokenizer) as store:
+            ids = sorted({record for record, _, _ in self.stretches})
+            stored = {i: store.put(self.stretches.records[i].id, self.stretches.records[i].tokens) for i in ids}
+            for name, length in (("perplexity", context), ("carried", None)):
+                spans = [
+                    Span(stored[record], at, min(at + (length or end), end), lead=1)
+                    for record, start, end in self.stretches
+                    for at in range(start + 1, end, length or end)
+                ]
+                loss, bases = mean_loss(model, store, spans)
+                found |= {name: math.exp(loss), "held-out bases": bases}
+        return found
 
 
 def one(options: argparse.Namespace, name: str, **settings: Any) -> PretrainDnaResult:
@@ -27,24 +85,24 @@ def one(options: argparse.Namespace, name: str, **settings: Any) -> PretrainDnaR
     if (folder / "config.toml").exists():
         return resume_pretrain_dna(folder, {})
     config = PretrainDnaConfig(
-        data=tuple(options.data), splits=options.splits, tokens=options.tokens, valid_tokens=options.valid_tokens,
+        data=tuple(options.data), splits=options.splits, tokens=options.tokens, valid_tokens=OWN_LOOK,
         reverse_complement=True, device=options.device, seed=options.seed, save_every="60m", **settings,
     )  # fmt: skip
     return pretrain_dna(config, folder)
 
 
-def row_of(series: str, size: str, context: int, result: PretrainDnaResult) -> dict[str, Any]:
+def row_of(
+    series: str, size: str, context: int, result: PretrainDnaResult, measured: dict[str, float]
+) -> dict[str, Any]:
     """What is compared."""
-    assert result.loss is not None
     return {
         "series": series,
         "size": size,
         "parameters": result.parameters,
         "context": context,
         "tokens": result.tokens,
-        "perplexity": math.exp(result.loss),
-        "Markov 8": math.exp(result.baselines[8]),
-        "held-out bases": result.targets,
+        "steps": result.steps,
+        **measured,
         "Mtok/s": result.tokens_per_second / 1e6,
         "seconds": result.seconds,
     }
@@ -62,8 +120,9 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
         axes, ("size", "context"), ("parameters", "context"), ("parameters", "context, bases"), strict=True
     ):
         mine = [row for row in rows if row["series"] == series]
-        axis.plot([row[key] for row in mine], [row["perplexity"] for row in mine], marker="o", label="Mamba")
-        axis.axhline(mine[0]["Markov 8"], color="grey", linestyle="--", label="Markov chain of order 8")
+        for column, form, name in (("perplexity", "-o", "windows of the context"), ("carried", "--s", "state carried")):
+            axis.plot([row[key] for row in mine], [row[column] for row in mine], form, label=f"Mamba, {name}")
+        axis.axhline(mine[0]["Markov 8"], color="grey", linestyle=":", label="Markov chain of order 8")
         axis.set(xscale="log", xlabel=label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out perplexity")
@@ -80,7 +139,7 @@ def main() -> None:
     parser.add_argument("--splits")
     parser.add_argument("--runs", required=True, help="folder of the runs")
     parser.add_argument("--tokens", type=int, default=1 << 27)
-    parser.add_argument("--valid-tokens", type=int, default=1 << 24)
+    parser.add_argument("--valid-tokens", type=int, default=1 << 24, help="held-out bases measured on, at most")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
     parser.add_argument("--size-batch", type=int, default=1 << 17, help="tokens a step of the first series")
@@ -90,19 +149,24 @@ def main() -> None:
     parser.add_argument("--out", help="write the rows as JSON")
     parser.add_argument("--figure", help="draw both series")
     options = parser.parse_args()
-    rows = []
-    for size in options.sizes:
-        result = one(options, f"size-{size}", size=size, context=FIRST, batch_tokens=options.size_batch)
-        rows.append(row_of("size", size, FIRST, result))
+    longest = max([FIRST, *options.contexts])
+    held_out = HeldOut.of(options.data, options.splits, options.seed, options.valid_tokens, longest)
+    rows: list[dict[str, Any]] = []
+
+    def add(series: str, size: str, context: int, **settings: Any) -> None:
+        name = f"size-{size}" if series == "size" else f"context-{context}"
+        result = one(options, name, size=size, context=context, **settings)
+        measured = held_out.measure(LanguageModel(result.checkpoint, options.device), context)
+        rows.append(row_of(series, size, context, result, measured | {"Markov 8": held_out.markov}))
         print_table(rows[-1:])
+        write_json(options.out, "dna_scaling", rows)  # after each, as a lent machine may go any time
+
+    for size in options.sizes:
+        add("size", size, FIRST, batch_tokens=options.size_batch)
     for context in options.contexts:
         warmup = {"length_warmup": FIRST} if context > FIRST else {}
-        batch = max(options.context_batch, context)
-        result = one(options, f"context-{context}", size="1.4m", context=context, batch_tokens=batch, **warmup)
-        rows.append(row_of("context", "1.4m", context, result))
-        print_table(rows[-1:])
+        add("context", MIDDLE, context, batch_tokens=max(options.context_batch, context), **warmup)
     print_table(rows, f"{options.tokens:,} tokens each")
-    write_json(options.out, "dna_scaling", rows)
     if options.figure and {row["series"] for row in rows} == {"size", "context"}:
         draw(rows, options.figure)
 

@@ -251,7 +251,10 @@ def draw(found: Found, path: Path) -> None:
     for part, name, form in (("model", MODEL, "-o"), ("control", SHUFFLED, "x")):
         mine = rows_of(found, part)
         if mine:
-            spread = [[row["accuracy"] - row["low"] for row in mine], [row["high"] - row["accuracy"] for row in mine]]
+            spread = [  # an interval of what is always right may end a rounding error below 1
+                [max(0.0, row["accuracy"] - row["low"]) for row in mine],
+                [max(0.0, row["high"] - row["accuracy"]) for row in mine],
+            ]
             axis.errorbar(
                 [row["length"] for row in mine], [row["accuracy"] for row in mine],
                 yerr=spread, fmt=form, color="black", capsize=3, markersize=4, label=name,
@@ -263,7 +266,7 @@ def draw(found: Found, path: Path) -> None:
     axis.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     print(f"drawn: {path}", file=sys.stderr)
 
 

@@ -97,3 +97,10 @@ def test_halves_of_other_windows_are_not_joined(measure: Measure, tmp_path: Path
             measure("--run", tmp_path / "run", "--steps", 4, "--no-baselines", out=other)
         assert not (tmp_path / "run").exists()
     assert not (tmp_path / "both.json").exists()
+
+
+def test_a_model_that_is_always_right_is_drawn(tmp_path: Path) -> None:
+    row = {"length": 128, "accuracy": 1.0, "low": 0.9, "high": 1 - 2**-53}  # as Wilson's interval of 39 of 39 ends
+    found = {"set": "x", "species": ["a", "b"], "windows": {"128": "0"}, "model": {"test": {"by_length": [row]}}}
+    species.draw(found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
