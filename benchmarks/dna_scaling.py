@@ -124,6 +124,9 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
             axis.plot([row[key] for row in mine], [row[column] for row in mine], form, label=f"Mamba, {name}")
         axis.axhline(mine[0]["Markov 8"], color="grey", linestyle=":", label="Markov chain of order 8")
         axis.set(xscale="log", xlabel=label)
+        names = [row["size"] if series == "size" else f"{row['context']:,}" for row in mine]
+        axis.set_xticks([row[key] for row in mine], names)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out perplexity")
     axes[0].legend()
