@@ -15,6 +15,7 @@ side by side, each read alone ("perplexity"), and with the state carried from en
 
 import argparse
 import math
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,10 @@ def one(options: argparse.Namespace, name: str, **settings: Any) -> PretrainDnaR
     """A run of this name: begun, or gone on with where it is there."""
     folder = Path(options.runs) / name
     if (folder / "config.toml").exists():
+        before = tomllib.loads((folder / "config.toml").read_text())
+        budget = before["steps"] * before["batch_tokens"]
+        if abs(budget - options.tokens) >= before["batch_tokens"]:
+            raise SystemExit(f"{folder}: a run of {budget:,} tokens, not {options.tokens:,}; give another --runs")
         return resume_pretrain_dna(folder, {})
     config = PretrainDnaConfig(
         data=tuple(options.data), splits=options.splits, tokens=options.tokens, valid_tokens=OWN_LOOK,

@@ -77,3 +77,8 @@ def test_both_series_are_of_the_same_bases_and_go_on(tmp_path: Path, monkeypatch
     dna_scaling.main()  # trains no more
     again = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["perplexity"] for row in again] == [row["perplexity"] for row in rows]
+
+    arguments[arguments.index("--tokens") + 1] = 16384
+    monkeypatch.setattr(sys, "argv", ["dna_scaling", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="a run of 8,192 tokens, not 16,384; give another --runs"):
+        dna_scaling.main()
