@@ -60,6 +60,7 @@ CARRIED = 60_000_000  # bytes that prepared/ may have, to travel
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
 HELD_OUT_ROWS = 256  # clips of like lengths, of which the generator takes some at once
 TRIMMED = 10 ** (-45 / 20)  # quieter than this at a word's ends is cut off
+SURE = 0.9  # of the classifier, that it hears a digit
 UNLIKE_SPEECH = ("whisper", "croak", "demonic", "robo", "zac", "announce", "klatt", "shelby", "storm", "travis")
 
 
@@ -88,6 +89,7 @@ def main() -> None:
     third.add_argument("--temperature", type=float, default=1.0)
     third.add_argument("--top-p", type=float, default=1.0)
     third.add_argument("--guidance", type=float, default=1.0)
+    third.add_argument("--note", default="", help="a sentence for the card on how the model was made")
     third.add_argument("--device", default="auto")
     third.add_argument("--out", type=Path, default=WEIGHTS_HOME / "digits")
     third.add_argument("--export", type=Path)
@@ -273,7 +275,7 @@ def finish(arguments: argparse.Namespace) -> None:
         data=data_words(shards),
         licence="The weights are offered under the licence of the package, as far as the recordings' licences above "
         "allow (CC BY-SA 4.0 is among them: share alike).",
-        recipe=recipe_words(arguments.work),
+        recipe=f"{recipe_words(arguments.work)} {arguments.note}".strip(),
         quality=quality_words(figures, arguments),
     )
     files = model_writers(model, fields["quantiser"], card)
@@ -285,7 +287,7 @@ def finish(arguments: argparse.Namespace) -> None:
 
 
 def held_out_figures(folder: Path, shards: AudioShards, device: str) -> dict[str, float]:
-    """Nats a sample on the clips of people who were not trained on, each clip whole with its own class."""
+    """Nats a sample on the clips of people who were not trained on, each clip whole, with its class if it has one."""
     generator = Generator(folder, choose_device(device))
     clips, nats, count = shards["valid"], 0.0, 0
     rows = sorted(range(len(clips)), key=lambda row: int(clips.length[row]))  # like lengths together
@@ -294,20 +296,21 @@ def held_out_figures(folder: Path, shards: AudioShards, device: str) -> dict[str
         labels = [DIGITS.index(shards.labels[clips.label[row]]) for row in rows[at : at + HELD_OUT_ROWS]]
         lengths = np.array([len(tokens) for tokens in some])
         padded = np.stack([np.pad(tokens, (0, lengths.max() - len(tokens)), constant_values=128) for tokens in some])
-        nats -= float(generator.log_likelihoods(padded, lengths, np.array(labels)).sum())
+        own = np.array(labels) if generator.conditional else None
+        nats -= float(generator.log_likelihoods(padded, lengths, own).sum())
         count += int(lengths.sum())
     return {"nats a sample": nats / count, "bits a byte": nats / count * BITS, "samples": count}
 
 
 def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """How many of the asked digits an independent classifier hears."""
+    """How many of the asked digits an independent classifier hears; without classes, how sure it is of any digit."""
     from mambagen.pipelines.sc09_judge import DigitJudge
 
     judge = DigitJudge(arguments.judge, arguments.device)
     voice = AudioVoice(folder, arguments.device)
     config = GenerateAudioConfig(
         count=arguments.clips,
-        classes=DIGITS,
+        classes=DIGITS if voice.quantiser.classes else (),
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         guidance=arguments.guidance,
@@ -316,10 +319,15 @@ def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     with Progress() as progress:
         made = list(voice.clips(config, progress.state))
     print(f"{len(made)} clips in {time.monotonic() - began:.1f} s", flush=True)
-    heard = judge.judge(np.stack([clip.samples.astype(np.float32) / 32768 for clip in made])).heard
+    judgement = judge.judge(np.stack([clip.samples.astype(np.float32) / 32768 for clip in made]))
+    heard, again = judgement.heard, sum(clip.takes > 1 for clip in made)
+    if not voice.quantiser.classes:
+        shares = np.bincount(heard, minlength=len(DIGITS)) / len(heard)
+        sure = float((judgement.log_p.max(1) >= np.log(SURE)).mean())
+        rarest = float(shares.min())
+        return {"judged clips": len(made), "sure": sure, "rarest": rarest, "taken back by the guard": again}
     right = np.array([judge.digits[int(h)] == clip.label for h, clip in zip(heard, made, strict=True)])
     each = {digit: float(right[[clip.label == digit for clip in made]].mean()) for digit in DIGITS}
-    again = sum(clip.takes > 1 for clip in made)
     return {"judged clips": len(made), "heard as asked": float(right.mean()), **each, "taken back by the guard": again}
 
 
@@ -349,8 +357,15 @@ def recipe_words(work: Path) -> str:
 def quality_words(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
     text = (
         f"{figures['nats a sample']:.4f} nats a sample ({figures['bits a byte']:.4f} bits a byte) over "
-        f"{figures['held-out clips']:,} clips of speakers who were not trained on, each with its own class."
+        f"{figures['held-out clips']:,} clips of speakers who were not trained on."
     )
+    if "sure" in figures:
+        text += (
+            f" It knows no classes: which digit it says is left to chance. Of {figures['judged clips']:,} clips made "
+            f"at temperature {arguments.temperature:g}, top-p {arguments.top_p:g} the digit classifier "
+            f"{arguments.judge} is at least {SURE:.0%} sure of some digit in {figures['sure']:.1%}; the rarest digit is "
+            f"heard in {figures['rarest']:.1%}; the guard took {figures['taken back by the guard']} back."
+        )
     if "heard as asked" in figures:
         worst = min(DIGITS, key=lambda digit: figures[digit])
         text += (

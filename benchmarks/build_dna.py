@@ -6,7 +6,8 @@
 The folder of genomes has a FASTA for each species; the splits are rows of record, start, end, split, species. A part
 ends by itself after `--part-minutes`, with a checkpoint and exit code 143, until the training is done; the last part
 measures and writes (exit code 0). Windows begin at 1,024 bases and double up to `--context`, as a model that is to read
-whole chromosomes with its state must have seen long sequence.
+whole chromosomes with its state must have seen long sequence. Where the training was done elsewhere, `--trained MODEL`
+measures and writes that model folder; --run then holds the run's config.toml and metrics.jsonl.
 
 Measured on the test intervals of each species, by the rounded weights: perplexity with the state carried through each
 interval, and with windows of several lengths that are read alone, beside the best of some Markov chains fitted on the
@@ -23,6 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from mambagen.pipelines.likelihood import LanguageModel, Span
 from mambagen.pipelines.pretrain_dna import PretrainDnaConfig, PretrainDnaResult, pretrain_dna, resume_pretrain_dna
 from mambagen.training.loop import set_threads
 from mambagen.training.progress import Progress
+from mambagen.training.run_folder import read_metrics
 
 MARKOV_ORDERS = (3, 6, 8, 11)
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18)
@@ -58,6 +61,16 @@ LICENCE = (
 )
 
 
+@dataclass(frozen=True)
+class Training:
+    """What the card says of it."""
+
+    checkpoint: Path
+    steps: int
+    tokens: int
+    seconds: float
+
+
 def main() -> None:
     """Train a part, or measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,6 +86,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--part-minutes", type=float, help="stop training after so long, to be gone on with")
+    parser.add_argument("--trained", type=Path, help="model folder at the end of a run that was made elsewhere")
+    parser.add_argument("--test-bases", type=int, help="measure at most so many test bases of a species (default: all)")
     parser.add_argument("--licence", default=LICENCE)
     parser.add_argument("--out", type=Path, default=WEIGHTS_HOME / "dna")
     options = parser.parse_args()
@@ -91,15 +106,21 @@ def main() -> None:
         "threads": options.threads,
     }
     config = PretrainDnaConfig(**settings, **RECIPE)
-    try:
-        result = train_a_part(config, options.run, options.part_minutes)
-    except InterruptedRun as stopped:
-        print(f"{stopped}\nnot done yet: run the same command again", file=sys.stderr)
-        raise SystemExit(stopped.exit_code) from None
+    if options.trained:
+        rows = [row for row in read_metrics(options.run / "metrics.jsonl") if "tokens" in row]
+        last = rows[-1]
+        training = Training(options.trained, last["step"], last["tokens"], last["seconds"])
+    else:
+        try:
+            result = train_a_part(config, options.run, options.part_minutes)
+        except InterruptedRun as stopped:
+            print(f"{stopped}\nnot done yet: run the same command again", file=sys.stderr)
+            raise SystemExit(stopped.exit_code) from None
+        training = Training(result.checkpoint, result.steps, result.tokens, result.seconds)
     set_threads(options.threads or torch.get_num_threads())
-    model = rounded(result)
-    figures = measure(model, files, options.splits, options.device)
-    write_weights(model, config, result, figures, options.out, options.licence)
+    model = rounded(training.checkpoint)
+    figures = measure(model, files, options.splits, options.device, options.test_bases)
+    write_weights(model, config, training, figures, options.out, options.licence)
     (options.run / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     print(f"written to {options.out}", file=sys.stderr)
@@ -135,18 +156,21 @@ def train_a_part(config: PretrainDnaConfig, run: Path, minutes: float | None) ->
             alarm.cancel()
 
 
-def rounded(result: PretrainDnaResult) -> MambaLM:
+def rounded(checkpoint: Path) -> MambaLM:
     """The trained model with every weight as bfloat16 holds it, which is how they are shipped."""
-    model, _ = load_model(result.checkpoint, kinds=[MambaLM.kind])
+    model, _ = load_model(checkpoint, kinds=[MambaLM.kind])
     assert isinstance(model, MambaLM)
+    model.float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     return model
 
 
-def measure(model: MambaLM, files: Sequence[Path], splits: Path, device: str) -> dict[str, Any]:
-    """Perplexities on the test intervals of each species, and by context of one of them."""
+def measure(
+    model: MambaLM, files: Sequence[Path], splits: Path, device: str, at_most: int | None = None
+) -> dict[str, Any]:
+    """Perplexities on the test intervals of each species (the first `at_most` bases), and by context of one of them."""
     rows = [line.split() for line in splits.read_text().splitlines() if line.strip() and not line.startswith("#")]
     tokenizer = DnaTokenizer()
     genome = Genome.from_files(files, tokenizer)
@@ -160,11 +184,14 @@ def measure(model: MambaLM, files: Sequence[Path], splits: Path, device: str) ->
         if split == "train":
             train.append(span)
         elif split == "test":
-            spans[species[0] if species else "all"].append(span)
+            own = spans[species[0] if species else "all"]
+            left = sys.maxsize if at_most is None else at_most - sum(b - a for _, a, b in own)
+            if left > 0:
+                own.append((span[0], span[1], min(span[2], span[1] + left)))
     chain = MarkovModel(max(MARKOV_ORDERS), both_strands=True).fit(Stretches(genome.records, train, tokenizer))
 
     asked = LanguageModel(model, device, tokenizer=tokenizer)
-    found: dict[str, Any] = {"species": {}, "contexts": {}}
+    found: dict[str, Any] = {"at most": at_most, "species": {}, "contexts": {}}
     with SequenceStore(tokenizer) as store:
         stored = [store.put(record.id, record.tokens) for record in genome.records]
         for name in sorted(spans, key=lambda name: (name != FIRST, name)):
@@ -179,7 +206,7 @@ def measure(model: MambaLM, files: Sequence[Path], splits: Path, device: str) ->
             }
             print(f"{name}: {found['species'][name]}", file=sys.stderr)
             if name == FIRST:
-                for context in CONTEXTS:
+                for context in (c for c in CONTEXTS if c <= max(len(span) for span in whole)):
                     pieces = [
                         Span(s.record, at, min(at + context, s.end))
                         for s in whole
@@ -202,16 +229,17 @@ def mean_loss(model: LanguageModel, store: SequenceStore, spans: Sequence[Span])
 def write_weights(
     model: MambaLM,
     config: PretrainDnaConfig,
-    result: PretrainDnaResult,
+    training: Training,
     figures: dict[str, Any],
     folder: Path,
     licence: str,
 ) -> None:
     """The model's folder in the package, with a card that says what was measured."""
     names = [Path(name).name.split(".")[0] for name in config.data]
+    part = f" (the first {figures['at most']:,} bases of each species)" if figures["at most"] else ""
     quality = [
-        "Perplexity on test intervals, which were not trained on (4 is chance), the state carried through each; beside "
-        f"it, Markov chains fitted on the same training intervals of all species, the best of orders "
+        f"Perplexity on test intervals{part}, which were not trained on (4 is chance), the state carried through each; "
+        f"beside it, Markov chains fitted on the same training intervals of all species, the best of orders "
         f"{', '.join(map(str, MARKOV_ORDERS))} for each. Weights in "
         "bfloat16, computed in float32.\n\n| species | test bases | perplexity | Markov chain |\n|-|-|-|-|"
     ]
@@ -231,9 +259,9 @@ def write_weights(
         ),
         licence=licence,
         recipe=(
-            f"`python -m benchmarks.build_dna`: the next base, {result.steps:,} steps of {config.batch_tokens:,} bases "
-            f"({result.tokens:,} in all), windows from {config.length_warmup:,} to {config.context:,} bases, AdamW "
-            f"with peak learning rate {config.lr:g}, seed {config.seed}; {result.seconds:,.0f} s of training."
+            f"`python -m benchmarks.build_dna`: the next base, {training.steps:,} steps of {config.batch_tokens:,} "
+            f"bases ({training.tokens:,} in all), windows from {config.length_warmup:,} to {config.context:,} bases, "
+            f"AdamW with peak learning rate {config.lr:g}, seed {config.seed}; {training.seconds:,.0f} s of training."
         ),
         quality="\n".join(quality),
     ).replace('"path/to/this/folder"', '"dna"')

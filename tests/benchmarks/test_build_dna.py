@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,8 +27,8 @@ def test_figures_are_of_the_test_intervals_and_the_folder_loads(tmp_path: Path, 
     )
     monkeypatch.setattr(build_dna, "CONTEXTS", (50, 100))
     save_model(small_model(), tmp_path / "trained", DnaTokenizer().model_dump(mode="json"), "# t")
-    result = SimpleNamespace(checkpoint=tmp_path / "trained", steps=3, tokens=300, seconds=1.0)
-    model = build_dna.rounded(result)
+    result = build_dna.Training(checkpoint=tmp_path / "trained", steps=3, tokens=300, seconds=1.0)
+    model = build_dna.rounded(result.checkpoint)
     files = build_dna.fasta_files(tmp_path / "g")
     figures = build_dna.measure(model, files, tmp_path / "s.bed", "cpu")
 
@@ -42,6 +41,9 @@ def test_figures_are_of_the_test_intervals_and_the_folder_loads(tmp_path: Path, 
     pieces = [likelihoods_by_transformers(theirs, human[at : at + 50]) for at in range(600, 900, 50)]
     assert figures["contexts"][50] == pytest.approx(math.exp(-np.nanmean(pieces)), rel=1e-4)
     assert list(figures["species"]) == ["human", "yeast"]
+    less = build_dna.measure(model, files, tmp_path / "s.bed", "cpu", 100)
+    assert less["species"]["human"]["bases"] == 99
+    assert list(less["contexts"]) == [50, 100]
 
     config = PretrainDnaConfig(data=tuple(map(str, files)), steps=3, length_warmup=1024, context=2048)
     build_dna.write_weights(model, config, result, figures, tmp_path / "dna", "Apache-2.0")
