@@ -271,7 +271,7 @@ def rate(decoder: CudaDecoder | GraphDecoder, batch: int, steps: int) -> float:
 def timing() -> None:
     for width, layers in ((256, 12), (64, 8), (512, 24)):
         weights = draw_weights(width, layers)
-        for batch in (1, 8, 16, 64, 128, 256):
+        for batch in (1, 4, 7, 8, 16, 32, 64, 128, 256):
             options: list[dict[str, int]] = [{}]
             if batch == 1:
                 options += [{"cluster": c} for c in (2, 4, 8, 16)] if width < 512 else [{"cluster": 16}]
