@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mambagen.data.audio_files import read_audio
 from mambagen.data.audio_shards import AudioShards, prepare_shards
@@ -42,7 +43,7 @@ from mambagen.errors import InterruptedRun
 from mambagen.models import load_model
 from mambagen.models.builtin import WEIGHTS_HOME
 from mambagen.models.files import write_folder_atomically
-from mambagen.models.saving import CARD, model_card, model_writers
+from mambagen.models.saving import CARD, model_card, model_writers, save_model
 from mambagen.pipelines.audio_language_model import BITS
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig
 from mambagen.pipelines.pretrain_audio import pretrain_audio, resume_pretrain_audio, with_recipe
@@ -262,23 +263,29 @@ def finish(arguments: argparse.Namespace) -> None:
     if run is None:
         sys.exit(f"{arguments.work}: holds no trained model; train first")
     model, fields = load_model(run / "best")
+    with torch.no_grad():  # what is measured is what is written: weights as bfloat16 holds them
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    rounded = arguments.work / "rounded"
+    shutil.rmtree(rounded, ignore_errors=True)
+    save_model(model, rounded, fields["quantiser"], "# measured\n")
     looks = [row for row in read_metrics(run / "metrics.jsonl") if "valid_loss" in row]
     shards = AudioShards(arguments.work / "prepared" / "real")
     figures: dict[str, Any] = {"held-out clips": len(shards["valid"]), "looks": len(looks)}
-    figures |= held_out_figures(run / "best", shards, arguments.device)
+    figures |= held_out_figures(rounded, shards, arguments.device)
     if arguments.judge:
-        figures |= judged(arguments, run / "best")
+        figures |= judged(arguments, rounded)
     print(json.dumps(figures, indent=1))
     card = model_card(
         model,
         title="Spoken digits",
         data=data_words(shards),
-        licence="The weights are offered under the licence of the package, as far as the recordings' licences above "
-        "allow (CC BY-SA 4.0 is among them: share alike).",
+        licence="Weights: CC BY-SA 4.0, as the Free Spoken Digit Dataset asks of what is made from it. Named are the "
+        "sources above.",
         recipe=f"{recipe_words(arguments.work)} {arguments.note}".strip(),
         quality=quality_words(figures, arguments),
-    )
-    files = model_writers(model, fields["quantiser"], card)
+    ).replace('"path/to/this/folder"', '"digits"')
+    files = model_writers(model.bfloat16(), fields["quantiser"], card)
     write_folder_atomically(arguments.out, files, unlisted=[CARD], replace=arguments.out.exists())
     size = (arguments.out / "model.safetensors").stat().st_size
     print(f"{arguments.out}: {size:,} bytes of weights")
@@ -363,8 +370,8 @@ def quality_words(figures: dict[str, Any], arguments: argparse.Namespace) -> str
         text += (
             f" It knows no classes: which digit it says is left to chance. Of {figures['judged clips']:,} clips made "
             f"at temperature {arguments.temperature:g}, top-p {arguments.top_p:g} the digit classifier "
-            f"{arguments.judge} is at least {SURE:.0%} sure of some digit in {figures['sure']:.1%}; the rarest digit is "
-            f"heard in {figures['rarest']:.1%}; the guard took {figures['taken back by the guard']} back."
+            f"{arguments.judge} is at least {SURE:.0%} sure of some digit in {figures['sure']:.1%}; the rarest "
+            f"digit is heard in {figures['rarest']:.1%}; the guard took {figures['taken back by the guard']} back."
         )
     if "heard as asked" in figures:
         worst = min(DIGITS, key=lambda digit: figures[digit])
