@@ -62,13 +62,17 @@ def correct(name: str) -> None:
     weights = weights_of(SHAPES[name])
     for batch, streams in ((1, 1), (2, 2), (5, 1), (5, 2)):
         tokens = torch.randint(0, 256, (batch, 70), generator=torch.Generator().manual_seed(0)).cuda()
-        expected = ReferenceDecoder(doubled(weights), batch).read(tokens)
+        condition = torch.randn(batch, sum(weights.condition_sizes), generator=torch.Generator().manual_seed(1)).cuda()
+        reference = ReferenceDecoder(doubled(weights), batch)
+        reference.condition(condition)
+        expected = reference.read(tokens)
         decoders: dict[str, ReferenceDecoder | CudaDecoder] = {
             f"cuda, {streams} a block": CudaDecoder(weights, batch, streams, watchdog=WATCHDOG),
             "graph, bfloat16": GraphDecoder(weights, batch, "bfloat16"),
             "graph, float32": GraphDecoder(weights, batch, "float32"),
         }
         for way, decoder in decoders.items():
+            decoder.condition(condition)
             logits = torch.cat([decoder.read(tokens[:, :21]), decoder.read(tokens[:, 21:])], 1).double()
             error = ((logits - expected).abs().max() / expected.abs().max()).item()
             allowed = 1e-4 if way.endswith("float32") else 0.03

@@ -32,9 +32,8 @@ class EagerDecoder:
         config, weight = model.config, model.lm_head.weight
         self.model = model
         self.logits = torch.zeros(batch, config.vocab_size, device=weight.device)
-        self._vectors = torch.zeros(batch, config.d_model, device=weight.device)
-        if model.class_embedding is not None:
-            self._vectors += model.class_embedding.weight.detach()[-1]
+        given = model.class_vectors(None)
+        self._vectors = None if given is None else given.detach()
         self._state: Any = model.allocate_state(batch)
         self._position = 0
 
@@ -65,8 +64,7 @@ class EagerDecoder:
         return self._position, self._state
 
     def _step(self, token: Tensor) -> None:
-        x = self.model.embedding(token)
-        logits, self._state = self.model.step_embedded(x.float() + self._vectors, self._state)
+        logits, self._state = self.model.step_with(token, self._state, self._vectors)
         self.logits.copy_(logits)
         self._position += 1
 

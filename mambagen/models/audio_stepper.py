@@ -270,9 +270,10 @@ class Stepper:
         self._condition()
 
     def _condition(self) -> None:
-        embedding = self.model.class_embedding
-        if embedding is not None:
-            self._decoder.condition(embedding.weight.detach().float()[self._row_classes()])
+        if self.model.config.classes:
+            vectors = self.model.class_vectors(self._row_classes())
+            assert vectors is not None
+            self._decoder.condition(vectors.detach())
 
     def _begin_guidance(self, guidance: float) -> None:
         if not self.model.config.classes:

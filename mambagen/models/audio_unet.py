@@ -12,6 +12,10 @@ DownPool folds `pool` frames into the channels, (length, H) -> (length / pool, p
 UpPool maps back and unfolds, one pooled frame late: what it gives to a position was computed from frames that had ended
 before it, and nothing is seen ahead. So one step needs the deep stages only when a frame is full, and in between hands
 out what UpPool has left over; that queue and DownPool's unfinished frame are part of the state.
+
+A class is a vector for every level, added to the residual stream where the level begins and again where its way up
+begins. It tells at most log(classes) nats in a whole clip, a gradient of next to nothing at any one sample, so its way
+must be short: one vector beside the tokens' embeddings alone has all stages to pass, and is forgotten.
 """
 
 import math
@@ -72,6 +76,12 @@ class AudioUNetConfig(BaseModel):
         return self.d_model * self.expand_pool**level
 
     @property
+    def class_sizes(self) -> list[int]:
+        """Channels of a class's vectors: one where each level begins, then one on each way up."""
+        widths = [self.width(level) for level in range(len(self.pool) + 1)]
+        return widths + widths[:-1]
+
+    @property
     def cycle(self) -> int:
         """Samples in one frame of the centre: what stepping does repeats with this period."""
         return math.prod(self.pool)
@@ -124,7 +134,11 @@ class AudioUNet(nn.Module):
             for _ in range(2)
         ]
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.class_embedding = nn.Embedding(config.classes + 1, config.d_model) if config.classes else None
+        # a row is all vectors of a class, one after another as in `class_sizes`
+        self.class_embedding = nn.Embedding(config.classes + 1, sum(config.class_sizes)) if config.classes else None
+        if self.class_embedding is not None:
+            # only windows of its class have gradients for a row; decay would pull at it in every step
+            self.class_embedding.weight._no_weight_decay = True  # type: ignore[attr-defined]
         self.down = nn.ModuleList(outer[0] if config.stages == 5 else [])
         self.down_pool = nn.ModuleList(nn.Linear(s * config.width(i), config.width(i + 1)) for i, s in _pools(config))
         self.centre = make_blocks(config.centre, config.n_layer, config.width(len(config.pool)), config.depth, config)
@@ -136,9 +150,11 @@ class AudioUNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
-        """Draw all weights anew, on the CPU: Mamba, S4 and S4D as published, norms 1, embeddings normal of deviation 1
+        """Draw all weights anew, on the CPU: Mamba, S4 and S4D as published, norms 1, embeddings normal of deviation 1,
 
-        (the class embedding: 0.1), linear maps and their biases uniform in ±inputs^-1/2. With a `seed` the global
+        linear maps and their biases uniform in ±inputs^-1/2. A class's vectors have deviation 1 at the outermost level
+        and 0.5 below it: about what the stream has there in fresh weights (1 at the input, 0.6 and 0.3 to 0.5 after one
+        and two DownPools, 0.7 to 1.2 on the way up), so that the norms do not drown them. With a `seed` the global
         generator is left as it was.
         """
         if seed is not None:
@@ -156,8 +172,11 @@ class AudioUNet(nn.Module):
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
             elif isinstance(module, nn.Embedding):
-                deviation = 0.1 if module is self.class_embedding else 1.0
-                module.weight.copy_(torch.randn(module.weight.shape, device="cpu") * deviation)
+                module.weight.copy_(torch.randn(module.weight.shape, device="cpu"))
+        if self.class_embedding is not None:
+            outermost = (0, len(self.config.pool) + 1)
+            for place, vectors in enumerate(self._vectors(self.class_embedding.weight)):
+                vectors.mul_(1.0 if place in outermost else 0.5)
         of_mamba = {id(p) for m in self.modules() if isinstance(m, MambaBlock) for p in m.parameters()}
         for module in self.modules():
             if isinstance(module, nn.Linear) and id(module.weight) not in of_mamba:
@@ -202,22 +221,39 @@ class AudioUNet(nn.Module):
         length = tokens.shape[1]
         if resets is not None:
             self._check_resets(resets, state)
-        x = self._embed(tokens, classes)
+        x, given = self._embed(tokens), self.class_vectors(classes)
+        vectors = () if given is None else self._vectors(given[:, None])
         if state is None:
             missing = -length % self.config.cycle
             x = F.pad(x, (0, 0, 0, missing))
             resets = None if resets is None else F.pad(resets, (0, missing))
-        x, after = self._stage(0, x, state, resets)
+        x, after = self._stage(0, x, state, resets, vectors)
         return x[:, :length], after
 
     def step(self, token: Tensor, state: StageState, classes: Tensor | None = None) -> tuple[Tensor, StageState]:
         """One position: tokens (batch,) -> logits (batch, vocab_size) and the new state; other arguments as above."""
-        return self.step_embedded(self._embed(token[:, None], classes)[:, 0], state)
+        return self.step_with(token, state, self.class_vectors(classes))
 
-    def step_embedded(self, x: Tensor, state: StageState) -> tuple[Tensor, StageState]:
-        """`step` for a token's embedding with its class's added, (batch, d_model)."""
-        x, after = self._step(0, x, state)
+    def step_with(self, token: Tensor, state: StageState, given: Tensor | None) -> tuple[Tensor, StageState]:
+        """`step` with what `class_vectors` gives: (batch or 1, sum(class_sizes)), None for nothing."""
+        x, after = self._step(0, self._embed(token), state, () if given is None else self._vectors(given))
         return self.head(x), after
+
+    def class_vectors(self, classes: Tensor | None) -> Tensor | None:
+        """All vectors of each row's class, (batch, sum(class_sizes)) in float32 at least, in the order of
+
+        `AudioUNetConfig.class_sizes`; of none, (1, ...), where no classes are given; None of a model without them.
+
+        Raises:
+            UsageError: classes for a model without them.
+        """
+        if self.class_embedding is None:
+            if classes is not None:
+                raise UsageError("classes: this model is not conditional; train one with classes, or give none")
+            return None
+        weight = self.class_embedding.weight
+        found = weight[-1:] if classes is None else self.class_embedding(classes.long())
+        return found.to(torch.promote_types(weight.dtype, torch.float32))
 
     def head(self, x: Tensor) -> Tensor:
         """The outermost stage's result (..., d_model) -> logits (..., vocab_size), float32 at least."""
@@ -248,21 +284,27 @@ class AudioUNet(nn.Module):
 
     # ---- one level and all below it
 
-    def _stage(self, level: int, x: Tensor, state: Any, resets: Tensor | None) -> tuple[Tensor, Any]:
-        """x (batch, frames, H) -> what the level gives back, (batch, frames, H), and the state."""
+    def _stage(
+        self, level: int, x: Tensor, state: Any, resets: Tensor | None, vectors: Sequence[Tensor]
+    ) -> tuple[Tensor, Any]:
+        """x (batch, frames, H) -> what the level gives back, (batch, frames, H), and the state.
+
+        `vectors` are the classes', (batch or 1, 1, H') each as in `class_sizes`, or none at all.
+        """
+        x = self._entering(level, x, vectors)
         if level == len(self.config.pool):
             outputs, after = _run(self.blocks("centre"), x, state, resets)
             return outputs[-1] + x, after
         outputs, down = _run(self.blocks("down", level), x, None if state is None else state.down, resets)
         skips = [x, *outputs]
-        y, after = self._below(level, skips[-1], state, resets)
-        y = y + skips.pop()
+        y, after = self._below(level, skips[-1], state, resets, vectors)
+        y = self._rising(level, y + skips.pop(), vectors)
         outputs, up = _run(self.blocks("up", level), y, None if state is None else state.up, resets, skips)
         out = outputs[-1] if self.config.stages == 5 else outputs[-1] + y
         return out, None if after is None else after._replace(down=down, up=up)
 
     def _below(
-        self, level: int, x: Tensor, state: StageState | None, resets: Tensor | None
+        self, level: int, x: Tensor, state: StageState | None, resets: Tensor | None, vectors: Sequence[Tensor]
     ) -> tuple[Tensor, StageState | None]:
         """DownPool, the deeper levels, UpPool: what they give to the frames x, and the state without the blocks'."""
         pool, length, (down, up) = self.config.pool[level], x.shape[1], self.pools(level)
@@ -275,7 +317,7 @@ class AudioUNet(nn.Module):
         if whole:
             pooled = frames[:, : whole * pool].unflatten(1, (whole, pool)).flatten(2)
             marks = None if starts is None else starts[:, :whole].contiguous()
-            y, deeper = self._stage(level + 1, _linear(down, pooled), deeper, marks)
+            y, deeper = self._stage(level + 1, _linear(down, pooled), deeper, marks, vectors)
             given = _linear(up, y).unflatten(2, (pool, -1)).flatten(1, 2)
         if state is None:
             given = F.pad(given, (0, 0, pool, -pool))  # one pooled frame late
@@ -294,21 +336,22 @@ class AudioUNet(nn.Module):
         after = StageState((), frames[:, whole * pool :].clone(), given[:, length:].clone(), deeper, ())
         return given[:, :length], after
 
-    def _step(self, level: int, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One frame of a level, x (batch, H)."""
+    def _step(self, level: int, x: Tensor, state: Any, vectors: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """One frame of a level, x (batch, H); `vectors` (batch or 1, H') each."""
+        x = self._entering(level, x, vectors)
         if level == len(self.config.pool):
             outputs, after = _step_through(self.blocks("centre"), x, state)
             return outputs[-1] + x, after
         outputs, down = _step_through(self.blocks("down", level), x, state.down)
         skips = [x, *outputs]
         frame, deeper = torch.cat([state.buffer, skips[-1][:, None]], 1), state.deeper
-        y, queue = state.queue[:, 0] + skips.pop(), state.queue[:, 1:]
+        y, queue = self._rising(level, state.queue[:, 0] + skips.pop(), vectors), state.queue[:, 1:]
         outputs, up = _step_through(self.blocks("up", level), y, state.up, skips)
         out = outputs[-1] if self.config.stages == 5 else outputs[-1] + y
         pool = self.config.pool[level]
         if frame.shape[1] == pool:
             down_pool, up_pool = self.pools(level)
-            below, deeper = self._step(level + 1, _linear(down_pool, frame.flatten(1)), deeper)
+            below, deeper = self._step(level + 1, _linear(down_pool, frame.flatten(1)), deeper, vectors)
             queue = _linear(up_pool, below).unflatten(1, (pool, -1))
             frame = frame[:, :0]
         return out, StageState(down, frame, queue, deeper, up)
@@ -326,19 +369,24 @@ class AudioUNet(nn.Module):
 
     # ---- input
 
-    def _embed(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
-        """The residual stream's first value (batch, length, d_model), in float32 at least."""
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The tokens' embeddings (..., d_model), in float32 at least."""
         if tokens.dtype not in (torch.int64, torch.int32):  # bytes travel to a GPU at an eighth of the cost
             tokens = tokens.long()
         x = self.embedding(tokens)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.class_embedding is None:
-            if classes is not None:
-                raise UsageError("classes: this model is not conditional; train one with classes, or give none")
-            return x
-        if classes is None:
-            return x + self.class_embedding.weight[-1]
-        return x + self.class_embedding(classes.long())[:, None]
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _vectors(self, rows: Tensor) -> Sequence[Tensor]:
+        """Rows of the class embedding (..., sum(class_sizes)) cut into views."""
+        return rows.split(self.config.class_sizes, -1)
+
+    def _entering(self, level: int, x: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """x with the classes' vectors of where a level begins."""
+        return x + vectors[level] if vectors else x
+
+    def _rising(self, level: int, x: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """x with those of where its way up begins."""
+        return x + vectors[len(self.config.pool) + 1 + level] if vectors else x
 
     def _check_resets(self, resets: Tensor, state: StageState | None) -> None:
         first = 0 if state is None else self._phase(state)

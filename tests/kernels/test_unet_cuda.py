@@ -10,7 +10,7 @@ from mambagen.kernels.unet_decode import LayerWeights, LevelWeights, Sampling, m
 from mambagen.kernels.unet_decode.cuda import Layout, pack_eights, source, unsupported_shape
 from tests.kernels.emulated_decoder import AVAILABLE
 from tests.kernels.emulated_unet import EmulatedUNetDecoder
-from tests.kernels.test_unet_decode import draw_tokens_for, draw_weights
+from tests.kernels.test_unet_decode import draw_conditions, draw_tokens_for, draw_weights
 
 emulated = pytest.mark.skipif(not AVAILABLE, reason="needs a C++ compiler on x86-64 Linux")
 
@@ -75,13 +75,17 @@ def test_eights_are_the_nearest_and_unpack():
 def test_the_kernel_gives_the_reference(name, streams, batch, memory):
     weights = draw_weights(name)
     tokens = draw_tokens_for(batch, 21)
-    expected = make_decoder(rounded(weights), batch, "reference").read(tokens)
+    conditions = draw_conditions(batch, name)  # of every level, others in each stream
+    theirs = make_decoder(rounded(weights), batch, "reference")
+    theirs.condition(conditions)
+    expected = theirs.read(tokens)
 
     class Decoder(EmulatedUNetDecoder):
         shared_bytes = memory << 10
         seed = 5
 
     decoder = Decoder(weights, batch, streams)
+    decoder.condition(conditions)
     logits = torch.cat([decoder.read(tokens[:, :6]), decoder.read(tokens[:, 6:])], 1)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=5e-5)
     torch.testing.assert_close(decoder.logits.double(), expected[:, -1], rtol=1e-4, atol=5e-5)
@@ -94,7 +98,7 @@ def test_tokens_are_those_of_the_reference(guidance):
     ours, theirs = EmulatedUNetDecoder(weights, 2), make_decoder(rounded(weights), 2, "reference")
     made = []
     for decoder in (ours, theirs):
-        decoder.condition(torch.linspace(-1, 1, 32).view(2, 16))
+        decoder.condition(draw_conditions(2))
         decoder.read(draw_tokens_for(2, 3))
         made.append([decoder.draw(n, Sampling(0.8, top_p=0.9), seeds, guidance) for n in (2, 16)])
     assert torch.equal(torch.cat(made[0], 1), torch.cat(made[1], 1))

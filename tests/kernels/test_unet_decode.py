@@ -94,8 +94,14 @@ def draw_tokens_for(batch, steps):
     return torch.randint(0, VOCABULARY, (batch, steps), generator=torch.Generator().manual_seed(3))
 
 
+def draw_conditions(batch, name="two pools"):
+    """Vectors of every level, others in each stream."""
+    return torch.randn(batch, sum(draw_weights(name).condition_sizes), generator=torch.Generator().manual_seed(6))
+
+
 def begun(backend, batch=3, name="two pools", steps=21, precision="float32"):
     decoder = make_decoder(draw_weights(name), batch, backend, precision)
+    decoder.condition(draw_conditions(batch, name))
     decoder.read(draw_tokens_for(batch, steps))
     return decoder
 
@@ -173,17 +179,28 @@ def test_pairs_are_the_nearest_and_products_those_of_the_unpacked(outputs, input
     assert all(torch.equal(y[0], results[0][0]) for y in results)  # bit for bit, with neighbours or without
 
 
-def test_a_condition_is_added_to_every_embedding():
-    weights = draw_weights()
-    vectors = torch.randn(2, 16)
-    for row in range(2):
-        moved = weights._replace(embedding=weights.embedding + vectors[row])
-        expected = make_decoder(moved, 1, "cpu", "float32").read(draw_tokens_for(2, 20)[row : row + 1])
-        for backend in ("cpu", "reference"):
-            decoder = make_decoder(weights, 2, backend, "float32")
-            decoder.condition(vectors)
-            ours = decoder.read(draw_tokens_for(2, 20))[row : row + 1]
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_condition_is_added_where_each_level_begins_and_turns_up(name, backend):
+    """Each stream is one without a condition whose embeddings, biases and first queues have it in them."""
+    weights, exact = draw_weights(name), draw_weights(name, torch.float64)
+    conditions, tokens = draw_conditions(3, name), draw_tokens_for(3, 60)
+    decoder = make_decoder(weights, 3, backend, "float32")
+    decoder.condition(conditions)
+    ours = decoder.read(tokens)
+    for row, given in enumerate(conditions.double()):
+        vectors = given.split(weights.condition_sizes)
+        embedding, *downs = vectors[: len(weights.widths)]
+        ups = vectors[len(weights.widths) :]
+        levels = [
+            level._replace(down_bias=level.down_bias + down, up_bias=level.up_bias + up.repeat(level.pool))
+            for level, down, up in zip(exact.levels, downs, ups, strict=True)
+        ]
+        alone = make_decoder(exact._replace(embedding=exact.embedding + embedding, levels=levels), 1, "reference")
+        state = alone.state()
+        alone.load_state(state._replace(queues=[queue + up for queue, up in zip(state.queues, ups, strict=True)]))
+        expected = alone.read(tokens[row : row + 1])[0]
+        torch.testing.assert_close(ours[row].double(), expected, rtol=1e-4, atol=3e-5)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7, 16, 21])
@@ -270,6 +287,7 @@ def test_graphs_are_made_of_the_same_steps(monkeypatch, guidance):
     tokens, seeds = draw_tokens_for(2, 7), torch.tensor([4, 5])
     made = []
     for decoder in (graph.GraphDecoder(draw_weights(), 2, "float32"), make_decoder(draw_weights(), 2, "reference")):
+        decoder.condition(draw_conditions(2))
         read = decoder.read(tokens)
         drawn = [decoder.draw(n, Sampling(), seeds, guidance) for n in (3, 40, 1)]
         decoder.load_state(decoder.state())

@@ -44,7 +44,7 @@ def graphs(monkeypatch):
 
 def decoders(name, batch=4):
     model = build(name)
-    vectors = torch.randn(batch, model.config.d_model, generator=torch.Generator().manual_seed(1))
+    vectors = torch.randn(batch, sum(model.config.class_sizes), generator=torch.Generator().manual_seed(1))
     made = [kind(model, batch) for kind in (EagerDecoder, BlockDecoder, GraphedBlocks)]
     for decoder in made:
         decoder.condition(vectors)

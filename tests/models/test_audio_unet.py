@@ -144,9 +144,12 @@ def test_the_last_token_is_used_and_none_is_seen_ahead(model):
 @torch.no_grad()
 def test_the_layout_is_that_of_its_definition():
     """Written out for two pools: pools by loops over positions, a skip around every layer."""
-    model = build(d_model=4, n_layer=1).double()
+    model = build(d_model=4, n_layer=1, classes=2).double()
     tokens = draw(32, batch=1)
-    x0 = model.embedding(tokens)
+    row = model.class_embedding.weight[1]  # of the classes: where levels 0, 1 and the centre begin, where 0 and 1 turn
+    assert model.config.class_sizes == [4, 8, 16, 4, 8]
+    v0, v1, v2, t0, t1 = row[:4], row[4:12], row[12:28], row[28:32], row[32:]
+    x0 = model.embedding(tokens) + v0
 
     def down_pool(x, layer, s):
         return torch.stack([F.linear(x[:, s * i : s * i + s].reshape(1, -1), layer.weight, layer.bias)
@@ -159,15 +162,16 @@ def test_the_layout_is_that_of_its_definition():
         return torch.stack([frames[t // s][:, t % s * width : (t % s + 1) * width] for t in range(x.shape[1] * s)], 1)
 
     b0 = model.down[0][0](x0)[0]
-    p0 = down_pool(b0, model.down_pool[0], 4)
+    p0 = down_pool(b0, model.down_pool[0], 4) + v1
     b1 = model.down[1][0](p0)[0]
-    p1 = down_pool(b1, model.down_pool[1], 4)
+    p1 = down_pool(b1, model.down_pool[1], 4) + v2
     c = model.centre[0](p1)[0] + p1
-    u1 = up_pool(c, model.up_pool[1], 4) + b1
+    u1 = up_pool(c, model.up_pool[1], 4) + b1 + t1
     u1 = model.up[1][0](u1)[0] + p0
-    u0 = up_pool(u1, model.up_pool[0], 4) + b0
+    u0 = up_pool(u1, model.up_pool[0], 4) + b0 + t0
     u0 = model.up[0][0](u0)[0] + x0
-    torch.testing.assert_close(model(tokens)[0], model.lm_head(model.norm_f(u0)))
+    logits, _ = model(tokens, None, torch.tensor([1]))
+    torch.testing.assert_close(logits, model.lm_head(model.norm_f(u0)))
 
 
 @torch.no_grad()

@@ -75,6 +75,11 @@ class UNetWeights(NamedTuple):
         return [self.embedding.shape[1], *(level.down_weight.shape[0] for level in self.levels)]
 
     @property
+    def condition_sizes(self) -> list[int]:
+        """Channels of a condition's vectors: one where each level begins, then one on each way up."""
+        return self.widths + self.widths[:-1]
+
+    @property
     def cycle(self) -> int:
         """Steps after which the deepest level has run once."""
         return math.prod(level.pool for level in self.levels)
@@ -99,7 +104,11 @@ class Decoder(Protocol):
         ...
 
     def condition(self, vectors: Tensor) -> None:
-        """(batch, D): what is added to every token's embedding from now on (zeros at first)."""
+        """(batch, sum(condition_sizes)): what is added to the residual stream from now on (zeros at first).
+
+        The vectors of `UNetWeights.condition_sizes`, one after another: a level's first is added to a token's embedding
+        or to what the DownPool gives, its second, on the way up, to the frame and what the UpPool left for it.
+        """
         ...
 
     def read(self, tokens: Tensor) -> Tensor:

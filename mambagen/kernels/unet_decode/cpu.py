@@ -48,7 +48,6 @@ class P(Number):
     # addresses
     TABLE = auto()  # (levels, one number of `L` each)
     EMBEDDING = auto()  # (vocabulary, level 0's WIDTH_ROW)
-    CONDITION = auto()  # (batch, WIDTH_ROW)
     NORM_F = auto()
     HEAD = auto()
     HEAD_BIAS = auto()
@@ -99,6 +98,8 @@ class L(IntEnum):
     SSM = auto()  # (layers, batch, states, ROW)
     BUFFER = auto()  # (batch, pool, WIDTH_ROW)
     QUEUE = auto()
+    ENTERING = auto()  # (batch, WIDTH_ROW): the condition's vectors, where the level begins
+    RISING = auto()  # and where its way up does
     INTO = auto()  # from the level above: the DownPool's matrix, its inputs that level's frames with their padding
     INTO_BIAS = auto()
     BACK = auto()  # to the level above: the UpPool's matrix
@@ -176,9 +177,7 @@ def _choose_tokens(p, first, streams, step, scratch):
             )
         if draw:
             store_int(where, token)
-        residual, condition = scratch + get(p, P.RESIDUAL) + s * row, get(p, P.CONDITION) + (first + s) * row
-        for i in range(0, row, BYTES):
-            store(residual + i, load(get(p, P.EMBEDDING) + token * row + i) + load(condition + i))
+        _copy(scratch + get(p, P.RESIDUAL) + s * row, get(p, P.EMBEDDING) + token * row, row)
 
 
 @njit
@@ -187,6 +186,7 @@ def _frame(p, level, slot, first, streams, scratch):
     row, layers, down = load_int(level + L.WIDTH_ROW), load_int(level + L.LAYERS), load_int(level + L.DOWN)
     residual, skips, size = scratch + get(p, P.RESIDUAL), scratch + get(p, P.SKIPS), streams * row
     each = load_int(level + L.SKIP_EACH)
+    _add(residual, load_int(level + L.ENTERING) + first * row, size)
     for i in range(down):
         _copy(skips + i * size, residual, size)
         _layer(p, level, i, first, streams, scratch)
@@ -195,6 +195,7 @@ def _frame(p, level, slot, first, streams, scratch):
             at = ((first + s) * load_int(level + L.POOL) + slot) * row
             _copy(load_int(level + L.BUFFER) + at, residual + s * row, row)
             _add(residual + s * row, load_int(level + L.QUEUE) + at, row)
+        _add(residual, load_int(level + L.RISING) + first * row, size)
     if not each:
         _copy(skips, residual, size)
     for i in range(down, layers):
@@ -310,7 +311,6 @@ class CpuDecoder:
         self._table = torch.tensor([[level.row[name] for name in L] for level in self._levels])
         width, vocabulary = self._levels[0].width, whole(self._vocabulary)
         self._embedding = F.pad(weights.embedding.float(), (0, whole(width) - width)).contiguous()
-        self._condition = torch.zeros(batch, whole(width))
         self._norm_f = F.pad(weights.norm_f.float(), (0, whole(width) - width))
         self._head = _pack(weights.head, self._pairs)
         self._head_bias = F.pad(weights.head_bias.float(), (0, vocabulary - self._vocabulary))
@@ -324,7 +324,10 @@ class CpuDecoder:
         return self._logits[:, : self._vocabulary]
 
     def condition(self, vectors: Tensor) -> None:
-        self._condition[:, : self._levels[0].width] = vectors
+        parts = [(level, level.entering) for level in self._levels]
+        parts += [(level, level.rising) for level in self._levels[:-1]]
+        for (level, part), given in zip(parts, vectors.split([level.width for level, _ in parts], 1), strict=True):
+            part[:, : level.width] = given
 
     def read(self, tokens: Tensor) -> Tensor:
         after = torch.empty(self.batch, tokens.shape[1], self._logits.shape[1])
@@ -382,7 +385,6 @@ class CpuDecoder:
             P.LOGITS_ROW: logits_row,
             P.TABLE: self._table.data_ptr(),
             P.EMBEDDING: self._embedding.data_ptr(),
-            P.CONDITION: self._condition.data_ptr(),
             P.NORM_F: self._norm_f.data_ptr(),
             P.HEAD: self._head.data_ptr(),
             P.HEAD_BIAS: self._head_bias.data_ptr(),
@@ -429,6 +431,7 @@ class _Level:
         centre = index == len(weights.levels)
         pool = 1 if centre else weights.levels[index].pool
         self.buffer, self.queue = torch.zeros(2, batch, pool, width).unbind()
+        self.entering, self.rising = torch.zeros(2, batch, width).unbind()
         down = 0 if centre else len(weights.levels[index].down)
         self.into, self.into_bias, self.back, self.back_bias = (torch.zeros(0),) * 4
         if index:
@@ -453,6 +456,8 @@ class _Level:
             L.SSM: self.ssm.data_ptr(),
             L.BUFFER: self.buffer.data_ptr(),
             L.QUEUE: self.queue.data_ptr(),
+            L.ENTERING: self.entering.data_ptr(),
+            L.RISING: self.rising.data_ptr(),
             L.INTO: self.into.data_ptr(),
             L.INTO_BIAS: self.into_bias.data_ptr(),
             L.BACK: self.back.data_ptr(),

@@ -90,7 +90,8 @@ class Layout:
         D = max(self.widths)
         skips = max(max(down, 1) * width for down, width in zip(self.downs, self.widths, strict=True))
         partial = max(4 * D, THREADS, self.vocabulary, *(p * w for p, w in zip(self.pools, self.widths, strict=True)))
-        floats = D + skips + 6 * D + partial + 96 + 2 * self.frame_floats + self.vocabulary + 1
+        rising = max(sum(self.widths[:-1]), 1)
+        floats = D + skips + 6 * D + partial + 96 + 2 * self.frame_floats + rising + self.vocabulary + 1
         return _up(4 * floats * self.streams + 8 * 64 + 256, 128)
 
     @property
@@ -135,7 +136,7 @@ class CudaDecoder:
         if streams is None:  # one in a block while there are multiprocessors, then two, which share the reading
             streams = 1 if batch <= processors else 2
         self._limit, self._watchdog = limit, watchdog
-        self._vocabulary, self._width = weights.head.shape
+        self._vocabulary = weights.head.shape[0]
         self._epsilon = weights.epsilon
         self._packed = pack(weights, Layout.of(weights, 1, limit))
         layout = Layout.of(weights, 2, limit)
@@ -155,7 +156,7 @@ class CudaDecoder:
         self._flat_conv = _together(self._conv)
         self._frames = zeros(self._rows, 2, layout.frame_floats)
         self._logits = zeros(self._rows, layout.vocabulary)
-        self._condition = zeros(self._rows, self._width)
+        self._condition = zeros(self._rows, sum(weights.condition_sizes))
         self._seeds = zeros(self._rows, dtype=torch.int64)
         self._position = 0
 

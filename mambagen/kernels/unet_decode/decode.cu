@@ -60,6 +60,13 @@ constexpr int frame_offset(int level) {
   for (int i = 0; i < level; i++) sum += POOL_OF[i] * WIDTH_OF[i];
   return sum;
 }
+// A condition is one row a stream: what is added where each level begins, then what on each way up.
+__host__ __device__ constexpr int width_offset(int level) {
+  int sum = 0;
+  for (int i = 0; i < level; i++) sum += WIDTH_OF[i];
+  return sum;
+}
+constexpr int RISING = width_offset(LEVELS - 1), CONDITION = width_offset(LEVELS) + RISING;
 constexpr int D = widest(), E = 2 * D, MIXED = 32 + 64;
 // Partial sums of any product: 512 where warps share the inputs, else all outputs.
 constexpr int PARTS = most(most(2 * E, THREADS), most(largest_pool(), VOCAB));
@@ -73,7 +80,7 @@ struct Parameters {
   const float* tables;       // layers of level 0, level 1, ...
   const float* pool_bias;    // levels from 1: of the DownPool into it, of the UpPool back
   const float* embedding;    // (VOCAB, WIDTH_OF[0])
-  const float* condition;    // (streams, WIDTH_OF[0])
+  const float* condition;    // (streams, CONDITION)
   const float* head_bias;    // (VOCAB,)
   const float* bias;         // (VOCAB,): 0, or -inf for what pads the vocabulary
   float* ssm;                // layers one after another: (streams, E, 16)
@@ -97,6 +104,7 @@ struct __align__(128) Shared {
   float part[STREAMS][PARTS];
   float mixed[STREAMS][MIXED];
   float buffer[STREAMS][most(frame_floats(), 1)], queue[STREAMS][most(frame_floats(), 1)];
+  float rising[STREAMS][most(RISING, 1)];  // of the condition, what every sample needs in the middle of a level
   float logits[STREAMS][VOCAB];
   int token[STREAMS];
   u64 full[SLOTS], empty[SLOTS];
@@ -292,14 +300,14 @@ template <int LEVEL> struct Held {
 };
 
 // What a row of the residual is before layer n: it may be kept as a skip, and before the first layer on the way up the frame
-// goes to the DownPool and the UpPool's is added.
+// goes to the DownPool, and the UpPool's and the condition's are added.
 template <int LEVEL> __device__ __forceinline__ float before_layer(Shared& shared, int n, int slot, int s, int row, float v) {
   constexpr int W = WIDTH_OF[LEVEL], DOWN = DOWN_OF[LEVEL];
   if (n < DOWN) shared.skips[s][n * W + row] = v;
   if (n == DOWN && POOL_OF[LEVEL] > 1) {
     const int at = frame_offset(LEVEL) + slot * W + row;
     shared.buffer[s][at] = v;
-    v += shared.queue[s][at];
+    v += shared.queue[s][at] + shared.rising[s][width_offset(LEVEL) + row];
   }
   if (n == DOWN && DOWN == 0) shared.skips[s][row] = v;
   return v;
@@ -399,8 +407,9 @@ __device__ __forceinline__ void run_level(Ring& ring, int slot, int first, const
     product<W, K>(ring, (const float(*)[most(frame_floats(), 1)])(&shared.buffer[0][frame_offset(LEVEL - 1)]));
     ring.sync();
     for_all<STREAMS * W>([&](int i) {
-      const float v = output<W, K>(shared, i / W, i % W) + pool_bias[i % W];
-      shared.residual[i / W][i % W] = before_layer<LEVEL>(shared, 0, slot, i / W, i % W, v);
+      const int s = i / W, row = i % W;
+      const float more = pool_bias[row] + p.condition[(i64)(first + s) * CONDITION + width_offset(LEVEL) + row];
+      shared.residual[s][row] = before_layer<LEVEL>(shared, 0, slot, s, row, output<W, K>(shared, s, row) + more);
     });
     team_sync(THREADS);
   }
@@ -476,7 +485,7 @@ __device__ __forceinline__ void choose(Ring& ring, int step, int slot, int first
   if (thread < STREAMS && p.tokens) p.tokens[(i64)step * p.streams + first + thread] = shared.token[thread];
   for_all<STREAMS * W>([&](int i) {
     const int s = i / W, row = i % W;
-    const float v = p.embedding[(i64)shared.token[s] * W + row] + p.condition[(i64)(first + s) * W + row];
+    const float v = p.embedding[(i64)shared.token[s] * W + row] + p.condition[(i64)(first + s) * CONDITION + row];
     shared.residual[s][row] = before_layer<0>(shared, 0, slot, s, row, v);
   });
   team_sync(THREADS);
@@ -505,6 +514,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
     const float* const from = p.frames + (i64)(first + i / FRAMES) * 2 * FRAMES + i % FRAMES;
     shared.buffer[i / FRAMES][i % FRAMES] = from[0], shared.queue[i / FRAMES][i % FRAMES] = from[FRAMES];
   }
+  for (int i = thread; i < STREAMS * RISING; i += THREADS)
+    shared.rising[i / RISING][i % RISING] = p.condition[(i64)(first + i / RISING) * CONDITION + width_offset(LEVELS) + i % RISING];
   for (int i = thread; i < STREAMS * VOCAB; i += THREADS) shared.logits[i / VOCAB][i % VOCAB] = p.logits[(i64)first * VOCAB + i];
   team_sync(THREADS);
   Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, 0};

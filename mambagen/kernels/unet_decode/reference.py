@@ -48,7 +48,9 @@ class InPlaceUNet:
         self._queues = [zero.new_zeros(size) for size in sizes]
         self._slots = [torch.zeros(1, dtype=torch.int64, device=zero.device) for _ in sizes]  # of the next frame
         self._place = torch.zeros(1, dtype=torch.int64, device=zero.device)  # `_position` on the device
-        self._condition = zero.new_zeros(batch, weights.widths[0])
+        self._condition = zero.new_zeros(batch, sum(weights.condition_sizes))
+        vectors = self._condition.split(weights.condition_sizes, 1)
+        self._entering, self._rising = vectors[: len(weights.widths)], vectors[len(weights.widths) :]
         self._position = 0
         self.logits = zero.new_zeros(batch, weights.head.shape[0])
 
@@ -99,12 +101,12 @@ class InPlaceUNet:
 
     def _advance(self, token: Tensor, depth: int) -> None:
         """Read a token, (batch,) ids; nothing here depends on a value of a tensor."""
-        x = self.weights.embedding[token].to(self.wide) + self._condition
+        x = self.weights.embedding[token].to(self.wide)
         for level in range(depth):
             if level:
                 w = self.weights.levels[level - 1]
                 x = self._linear(self._buffers[level - 1].flatten(1), w.down_weight, w.down_bias)
-            x = self._frame(level, x)
+            x = self._frame(level, x + self._entering[level])
             self._give(level, x)
         self._place.add_(1)
 
@@ -117,7 +119,7 @@ class InPlaceUNet:
                 skips.append(x)
                 x = layer(x)
             self._buffers[level].index_copy_(1, slot, x[:, None])
-            x = x + self._queues[level].index_select(1, slot)[:, 0]
+            x = x + self._queues[level].index_select(1, slot)[:, 0] + self._rising[level]
             slot.add_(1).remainder_(above.pool)
         if not skips:  # one around all of them
             start = x
