@@ -119,8 +119,8 @@ class Kernel:
     def __call__(self, grid: tuple[int, int, int], threads: int, parameters: bytes, cluster: int = 0) -> None:
         """Launch on torch's current stream of the device; `parameters` is the kernel's one by-value argument.
 
-        `cluster` blocks in a row form a thread-block cluster (0: none, and a cluster's instructions are illegal); above 8
-        the kernel must be `allow_large_clusters`.
+        `cluster` blocks in a row form a thread-block cluster (0: none, and a cluster's instructions are illegal);
+        above 8 the kernel must be `allow_large_clusters`.
         """
         buffer = ctypes.create_string_buffer(parameters, len(parameters))
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
