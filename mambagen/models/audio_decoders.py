@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambagen.kernels.unet_decode import DecoderState, LevelWeights, Sampling, UNetWeights
+from mambagen.kernels.unet_decode import DecoderState, LevelWeights, UNetWeights
 from mambagen.kernels.unet_decode.graph import Graphed
-from mambagen.kernels.unet_decode.reference import InPlaceUNet, Layer, Stage, draw_tokens
+from mambagen.kernels.unet_decode.reference import InPlaceUNet, Layer, Stage, StepByStep
 from mambagen.models.audio_unet import AudioUNet, StageState
 from mambagen.models.mamba_mixer import MambaState
 from mambagen.models.s4d_mixer import GatedSsm, S4State
@@ -25,7 +25,7 @@ from mambagen.models.unet_blocks import Block, ResidualBlock
 ALIGNED = 4  # floats: rows of a multiple of it are read 16 bytes at a time
 
 
-class EagerDecoder:
+class EagerDecoder(StepByStep):
     """`Decoder` by `AudioUNet.step`, for any mixer."""
 
     def __init__(self, model: AudioUNet, batch: int) -> None:
@@ -39,23 +39,6 @@ class EagerDecoder:
 
     def condition(self, vectors: Tensor) -> None:
         self._vectors = vectors
-
-    @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
-        after = []
-        for token in tokens.unbind(1):
-            self._step(token)
-            after.append(self.logits.clone())
-        return torch.stack(after, 1)
-
-    @torch.no_grad()
-    def draw(self, steps: int, sampling: Sampling, seeds: Tensor, guidance: float | None = None) -> Tensor:
-        drawn = []
-        for _ in range(steps):
-            token = draw_tokens(self.logits, sampling, seeds, torch.full_like(seeds, self._position), guidance)
-            self._step(token)
-            drawn.append(token)
-        return torch.stack(drawn, 1)
 
     def load_state(self, state: tuple[int, StageState]) -> None:
         self._position, self._state = state

@@ -3,18 +3,13 @@
 import contextlib
 import ctypes
 import functools
-import hashlib
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 from mambagen.kernels.selective_scan import cuda
-from tests.kernels.emulated_decoder import COMPILER
+from tests.kernels.emulator import HERE, build
 
-HERE = Path(__file__).parent
 SHARED_BYTES = 227 << 10
 LAUNCHERS = """
 extern "C" int emulate(const Parameters* p, int x, int y, int z, int shared_bytes, u32 seed) {
@@ -67,20 +62,8 @@ def emulated() -> Iterator[None]:
 
 @functools.cache
 def _library(options: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    assert COMPILER is not None
     kernel = (Path(cuda.__file__).parent / "cuda_backward.cu").read_text()
     memory = "extern __shared__ __align__(16) u8 raw_shared[];"
     assert memory in kernel
     kernel = kernel.replace(memory, "u8* raw_shared = dynamic_shared();")
-    text = "".join((HERE / name).read_text() for name in ("cluster_emulator.h", "scan_emulator.h")) + kernel + LAUNCHERS
-    defines = [f"-D{key}={value}" for key, value in options]
-    key = hashlib.sha256("\0".join([text, *defines]).encode()).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"mambagen-emulated-scan-{key}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            source, built = Path(scratch) / "scan.cpp", Path(scratch) / "scan.so"
-            source.write_text(text)
-            command = [COMPILER, "-O1", "-std=c++17", "-w", "-shared", "-fPIC", *defines, str(source), "-o", str(built)]
-            subprocess.run(command, check=True)
-            shutil.move(str(built), str(target))
-    return ctypes.CDLL(str(target))
+    return build("scan", (HERE / "scan_emulator.h").read_text() + kernel + LAUNCHERS, options)

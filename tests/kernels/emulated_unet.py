@@ -2,16 +2,10 @@
 
 import ctypes
 import functools
-import hashlib
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 from mambagen.kernels.unet_decode import cuda
-from tests.kernels.emulated_decoder import COMPILER
-
-HERE = Path(__file__).parent
+from tests.kernels.emulator import build
 
 
 class EmulatedUNetDecoder(cuda.CudaDecoder):
@@ -32,21 +26,10 @@ class EmulatedUNetDecoder(cuda.CudaDecoder):
 
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    assert COMPILER is not None
     kernels = Path(cuda.__file__).parent
-    files = [HERE / "cluster_emulator.h", kernels.parent / "mamba_decode" / "sampling.cuh", kernels / "decode.cu"]
-    text = "".join(file.read_text() for file in files) + (
+    files = [kernels.parent / "mamba_decode" / "sampling.cuh", kernels / "decode.cu"]
+    launcher = (
         'extern "C" int emulate(const Parameters* p, int blocks, int shared_bytes, u32 seed) {\n'
         "  return launch(blocks, 1, THREADS + 32, shared_bytes, seed, [=] { decode(*p); });\n}\n"
     )
-    options = [f"-D{name}={value}" for name, value in defines]
-    key = hashlib.sha256("\0".join([text, *options]).encode()).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"mambagen-emulated-unet-{key}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            source, built = Path(scratch) / "decode.cpp", Path(scratch) / "decode.so"
-            source.write_text(text)
-            command = [COMPILER, "-O1", "-std=c++17", "-w", "-shared", "-fPIC", *options, str(source), "-o", str(built)]
-            subprocess.run(command, check=True)
-            shutil.move(str(built), str(target))
-    return ctypes.CDLL(str(target))
+    return build("unet", "".join(file.read_text() for file in files) + launcher, defines)

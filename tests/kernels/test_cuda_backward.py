@@ -6,8 +6,8 @@ from torch import Tensor
 
 from mambagen.kernels import selective_scan
 from mambagen.kernels.selective_scan import cuda
-from tests.kernels.emulated_decoder import AVAILABLE
 from tests.kernels.emulated_scan import emulated
+from tests.kernels.emulator import AVAILABLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the emulator needs a C++ compiler on x86-64 Linux")
 STATE, TILE = 16, cuda.SAVE_EVERY

@@ -11,7 +11,8 @@ from benchmarks.check_decode import rounded, to_double
 from mambagen.kernels.mamba_decode import LayerWeights, Sampling, StackWeights, make_decoder, why_not
 from mambagen.kernels.mamba_decode.cuda import CudaDecoder, Layout, fragments, source, unsupported_shape
 from mambagen.kernels.mamba_decode.reference import ReferenceDecoder, draw_tokens, uniform
-from tests.kernels.emulated_decoder import AVAILABLE, EmulatedDecoder
+from tests.kernels.emulated_decoder import EmulatedDecoder
+from tests.kernels.emulator import AVAILABLE
 from tests.kernels.helpers import relative_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -8,8 +8,8 @@ import torch
 from mambagen.kernels.nvrtc import compile_cubin
 from mambagen.kernels.unet_decode import LayerWeights, LevelWeights, Sampling, make_decoder
 from mambagen.kernels.unet_decode.cuda import Layout, pack_eights, source, unsupported_shape
-from tests.kernels.emulated_decoder import AVAILABLE
 from tests.kernels.emulated_unet import EmulatedUNetDecoder
+from tests.kernels.emulator import AVAILABLE
 from tests.kernels.test_unet_decode import draw_conditions, draw_tokens_for, draw_weights
 
 emulated = pytest.mark.skipif(not AVAILABLE, reason="needs a C++ compiler on x86-64 Linux")

@@ -20,6 +20,7 @@ from mambagen.kernels.unet_decode import (
 )
 from mambagen.kernels.unet_decode.cpu_matrix import matrix_product, pack_pairs, pack_panels, unpack_pairs
 from mambagen.kernels.unet_decode.reference import ReferenceDecoder, draw_tokens
+from tests.capturable import run_uncaptured
 from tests.kernels.test_cpu_vectors import loops_with
 
 VOCABULARY = 40
@@ -275,15 +276,7 @@ def test_threads_do_not_change_the_numbers():
 
 @pytest.mark.parametrize("guidance", [None, 2.0], ids=["unguided", "guided"])
 def test_graphs_are_made_of_the_same_steps(monkeypatch, guidance):
-    """Without a GPU the captured functions run as they are, once to set up and then at every replay."""
-    captured = []
-
-    def run_now(run, device):
-        run()
-        captured.append(run)
-        return run
-
-    monkeypatch.setattr(graph, "capture", run_now)
+    captured = run_uncaptured(monkeypatch)
     tokens, seeds = draw_tokens_for(2, 7), torch.tensor([4, 5])
     made = []
     for decoder in (graph.GraphDecoder(draw_weights(), 2, "float32"), make_decoder(draw_weights(), 2, "reference")):

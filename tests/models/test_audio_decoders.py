@@ -9,7 +9,7 @@ from mambagen.models.audio_decoders import BlockDecoder, EagerDecoder, GraphedBl
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
 from mambagen.models.s4_mixer import S4, S4Config
 from mambagen.models.s4d_mixer import S4D, S4DConfig
-from tests.capturable import assert_capturable
+from tests.capturable import assert_capturable, run_uncaptured
 from tests.models.mixer_cases import randomise
 
 MODELS = {
@@ -30,16 +30,7 @@ def build(name):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Without a GPU the captured functions run as they are: once to set up and then at every replay."""
-    made = []
-
-    def run_now(run, device):
-        run()
-        made.append(run)
-        return run
-
-    monkeypatch.setattr(graph, "capture", run_now)
-    return made
+    return run_uncaptured(monkeypatch)
 
 
 def decoders(name, batch=4):

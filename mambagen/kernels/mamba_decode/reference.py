@@ -1,6 +1,6 @@
 """Decoding in plain torch operations, written as its definition; as a CUDA graph it is the fallback on any GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,7 @@ class ReferenceDecoder:
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
-        after = []
-        for token in tokens.unbind(1):
-            self._step(token)
-            after.append(self.logits.clone())
-        return torch.stack(after, 1)
+        return read_by_steps(self._step, self.logits, tokens)
 
     @torch.no_grad()
     def draw(self, steps: int, sampling: Sampling, bias: Tensor, position: int, streams: Tensor) -> Tensor:
@@ -57,6 +53,15 @@ class ReferenceDecoder:
             x = x + mixer_step(rms_norm(x, layer.norm, weights.epsilon), layer, conv, ssm)
         x = rms_norm(x, weights.norm_f, weights.epsilon)
         self.logits.copy_(F.linear(x.to(weights.head.dtype), weights.head))
+
+
+def read_by_steps(step: Callable[[Tensor], None], logits: Tensor, tokens: Tensor) -> Tensor:
+    """(batch, steps, vocabulary): `logits` as each step on a column of tokens, (batch, steps), leaves them."""
+    after = []
+    for token in tokens.unbind(1):
+        step(token)
+        after.append(logits.clone())
+    return torch.stack(after, 1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -92,7 +92,7 @@ class Layout:
         partial = max(4 * D, THREADS, self.vocabulary, *(p * w for p, w in zip(self.pools, self.widths, strict=True)))
         rising = max(sum(self.widths[:-1]), 1)
         floats = D + skips + 6 * D + partial + 96 + 2 * self.frame_floats + rising + self.vocabulary + 1
-        return _up(4 * floats * self.streams + 8 * 64 + 256, 128)
+        return _up(4 * floats * self.streams + 16 * 64 + 256, 128)  # two barriers a slot
 
     @property
     def slot_bytes(self) -> int:

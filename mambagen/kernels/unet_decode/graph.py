@@ -39,18 +39,13 @@ class Graphed(InPlaceUNet):
         self._phase: int | None = None  # of the position at which the whole cycle begins
         self._way: _Way | None = None
 
-    @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
-        after = []
-        for token in tokens.unbind(1):
-            self._tokens[0].copy_(token)
-            depth = self._depth()
-            if depth not in self._readers:
-                self._readers[depth] = self._captured(functools.partial(self._advance, self._tokens[0], depth))
-            self._readers[depth]()
-            self._position += 1
-            after.append(self.logits.clone())
-        return torch.stack(after, 1)
+    def _step(self, token: Tensor) -> None:
+        self._tokens[0].copy_(token)
+        depth = self._depth()
+        if depth not in self._readers:
+            self._readers[depth] = self._captured(functools.partial(self._advance, self._tokens[0], depth))
+        self._readers[depth]()
+        self._position += 1
 
     @torch.no_grad()
     def draw(self, steps: int, sampling: Sampling, seeds: Tensor, guidance: float | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambagen.kernels.mamba_decode.reference import mixer_step, pick, rms_norm, uniform
+from mambagen.kernels.mamba_decode.reference import mixer_step, pick, read_by_steps, rms_norm, uniform
 from mambagen.kernels.unet_decode import DecoderState, LayerWeights, Sampling, UNetWeights
 
 
@@ -32,7 +32,31 @@ class Stage(NamedTuple):
     up: Sequence[Layer]
 
 
-class InPlaceUNet:
+class StepByStep:
+    """The part of `Decoder` that reads and draws a token at a time, by `_step`."""
+
+    logits: Tensor
+    _position: int
+
+    def _step(self, token: Tensor) -> None:
+        """Read a token, (batch,) ids: `logits` are those of the next one, and `_position` goes on."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        return read_by_steps(self._step, self.logits, tokens)
+
+    @torch.no_grad()
+    def draw(self, steps: int, sampling: Sampling, seeds: Tensor, guidance: float | None = None) -> Tensor:
+        drawn = []
+        for _ in range(steps):
+            token = draw_tokens(self.logits, sampling, seeds, torch.full_like(seeds, self._position), guidance)
+            self._step(token)
+            drawn.append(token)
+        return torch.stack(drawn, 1)
+
+
+class InPlaceUNet(StepByStep):
     """`Decoder` but for loading and giving a state, float32 at least where it matters (norms, residual, logits).
 
     Where a step is in its cycle stands in tensors, and every tensor stays where it is, so that a CUDA graph can be made
@@ -57,25 +81,6 @@ class InPlaceUNet:
     def condition(self, vectors: Tensor) -> None:
         self._condition.copy_(vectors)
 
-    @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
-        after = []
-        for token in tokens.unbind(1):
-            self._advance(token, self._depth())
-            self._position += 1
-            after.append(self.logits.clone())
-        return torch.stack(after, 1)
-
-    @torch.no_grad()
-    def draw(self, steps: int, sampling: Sampling, seeds: Tensor, guidance: float | None = None) -> Tensor:
-        drawn = []
-        for _ in range(steps):
-            token = draw_tokens(self.logits, sampling, seeds, self._place.expand_as(seeds), guidance)
-            self._advance(token, self._depth())
-            self._position += 1
-            drawn.append(token)
-        return torch.stack(drawn, 1)
-
     def held(self) -> list[Tensor]:
         """All that steps change but the place: the layers' states, the levels' buffers, then their queues."""
         states = (layer.held() for stage in self.stages for layer in (*stage.down, *stage.up))
@@ -98,6 +103,10 @@ class InPlaceUNet:
             place //= level.pool
             depth += 1
         return depth
+
+    def _step(self, token: Tensor) -> None:
+        self._advance(token, self._depth())
+        self._position += 1
 
     def _advance(self, token: Tensor, depth: int) -> None:
         """Read a token, (batch,) ids; nothing here depends on a value of a tensor."""
