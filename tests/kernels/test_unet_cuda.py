@@ -1,13 +1,14 @@
 """The U-Net's CUDA decoder: in the emulator against the reference with the weights it has, and compiled by NVRTC."""
 
 import importlib.util
+from itertools import product
 
 import pytest
 import torch
 
 from mambagen.kernels.nvrtc import compile_cubin
 from mambagen.kernels.unet_decode import LayerWeights, LevelWeights, Sampling, make_decoder
-from mambagen.kernels.unet_decode.cuda import Layout, pack_eights, source, unsupported_shape
+from mambagen.kernels.unet_decode.cuda import Layout, pack_rows, source, spread, unsupported_shape
 from tests.kernels.emulated_unet import EmulatedUNetDecoder
 from tests.kernels.emulator import AVAILABLE
 from tests.kernels.test_unet_decode import draw_conditions, draw_tokens_for, draw_weights
@@ -16,17 +17,27 @@ emulated = pytest.mark.skipif(not AVAILABLE, reason="needs a C++ compiler on x86
 
 
 def unpacked(packed, outputs, inputs):
-    """The matrix that `pack_eights` stands for, as the kernel reads its words."""
-    words = packed.view(torch.int32).view(inputs // 8, -1, 4, 1)
-    halves = torch.cat([words << 16, words], -1).view(torch.float32)
-    return halves.flatten(2).transpose(0, 1).reshape(-1, inputs)[:outputs]
+    """The matrix that `pack_rows` stands for, put together thread by thread as the kernel reads it."""
+    lanes, rows = spread(outputs, inputs)
+    words = packed.view(torch.int32).view(len(packed), -1, 32, 4, 1)  # (unit, warp, lane, word)
+    halves = torch.cat([words << 16, words], -1).view(torch.float32).flatten(3)
+    matrix = torch.full((outputs, inputs), torch.nan)
+    for unit, warp, lane in product(*map(range, halves.shape[:3])):
+        step, of_lane = divmod(unit, rows)
+        part, of_warp = divmod(lane, 32 // lanes)
+        row = (warp * rows + of_lane) * (32 // lanes) + of_warp
+        if row < outputs:
+            for half in range(2):
+                begin = 4 * ((2 * step + half) * lanes + part)
+                matrix[row, begin : begin + 4] = halves[unit, warp, lane, 4 * half : 4 * half + 4]
+    return matrix
 
 
 def rounded(weights):
     """Float64 weights with the matrices that the kernel has; the norms' weights are in them."""
 
     def of(matrix):
-        return unpacked(pack_eights(matrix), *matrix.shape).double()
+        return unpacked(pack_rows(matrix), *matrix.shape).double()
 
     def layer(w):
         mixed = of(w.x_proj)
@@ -58,12 +69,20 @@ def rounded(weights):
     )
 
 
-def test_eights_are_the_nearest_and_unpack():
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "shared", "rows"),
+    [(256, 64, 8, 4), (36, 128, 16, 2), (64, 128, 16, 2), (1024, 256, 2, 4), (2048, 512, 1, 4), (44, 24, 1, 1)],
+    ids=str,
+)
+def test_rows_are_the_nearest_and_unpack(outputs, inputs, shared, rows):
     torch.manual_seed(0)
-    matrix = torch.randn(40, 24)
-    assert pack_eights(matrix).shape == (3, 64 * 16)
-    stands = unpacked(pack_eights(matrix), 40, 24)
-    assert ((stands - matrix).abs() <= matrix.abs() * 2**-8).all()
+    matrix = torch.randn(outputs, inputs)
+    assert spread(outputs, inputs) == (shared, rows)
+    warps = -(-outputs * shared // (32 * rows))
+    assert warps <= 16
+    packed = pack_rows(matrix)
+    assert packed.shape == (inputs // (8 * shared) * rows, warps * 512)
+    assert ((unpacked(packed, outputs, inputs) - matrix).abs() <= matrix.abs() * 2**-8).all()
 
 
 @emulated

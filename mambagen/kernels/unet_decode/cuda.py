@@ -20,7 +20,8 @@ from mambagen.kernels.unet_decode import DecoderState, LayerWeights, Sampling, U
 STATE, TAPS, EXPAND = 16, 4, 2
 THREADS = 512  # that compute; 32 more feed them
 MAX_LEVELS, MAX_RANK, MAX_VOCABULARY = 8, 64, 1024
-SLOT = 16384  # bytes of a copy of weights, at least
+MAX_OUTPUTS = 4 * THREADS  # of a product
+SLOT = 16384  # bytes of a copy of weights, at most
 LEAST_SLOTS = 4
 LAUNCH_STEPS = 8192  # samples of one launch: an interrupt is answered
 
@@ -44,9 +45,12 @@ def unsupported_shape(weights: UNetWeights, shared_bytes: int) -> str | None:
         return "the kernel is for widths that are multiples of 16"
     if any(w.dt_proj.shape[1] > MAX_RANK for w in layers) or weights.head.shape[0] > MAX_VOCABULARY:
         return f"the kernel is for ranks of dt up to {MAX_RANK} and vocabularies up to {MAX_VOCABULARY}"
+    layout = Layout.of(weights, 1, shared_bytes)
+    if layout.widest_product > MAX_OUTPUTS:
+        return f"the kernel is for products of up to {MAX_OUTPUTS} outputs"
     if len(weights.groups) > MAX_LEVELS:
         return f"the kernel is for {MAX_LEVELS} levels at most"
-    if Layout.of(weights, 1, shared_bytes).slots < LEAST_SLOTS:
+    if layout.slots < LEAST_SLOTS:
         return f"the widest level needs more than the {shared_bytes} bytes of shared memory"
     return None
 
@@ -89,24 +93,22 @@ class Layout:
         """At least the bytes of `Shared` in decode.cu."""
         D = max(self.widths)
         skips = max(max(down, 1) * width for down, width in zip(self.downs, self.widths, strict=True))
-        partial = max(4 * D, THREADS, self.vocabulary, *(p * w for p, w in zip(self.pools, self.widths, strict=True)))
         rising = max(sum(self.widths[:-1]), 1)
-        floats = D + skips + 6 * D + partial + 96 + 2 * self.frame_floats + rising + self.vocabulary + 1
-        return _up(4 * floats * self.streams + 16 * 64 + 256, 128)  # two barriers a slot
+        floats = D + skips + 6 * D + 96 + 2 * self.frame_floats + rising + self.vocabulary + 2
+        return _up(4 * (floats * self.streams + self.vocabulary) + 16 * 64 + 256, 128)  # two barriers a slot
 
     @property
-    def slot_bytes(self) -> int:
-        rows = [_up(4 * width, 32) for width in self.widths]  # of in_proj, the widest product of a layer
-        rows += [_up(p * w, 32) for p, w in zip(self.pools[:-1], self.widths[:-1], strict=True)]
-        return _up(max(SLOT, 16 * max(*rows, self.vocabulary)), 128)
+    def widest_product(self) -> int:
+        """Outputs of it: an in_proj or an UpPool."""
+        return max(4 * max(self.widths), *(p * w for p, w in zip(self.pools, self.widths, strict=True)))
 
     @property
     def slots(self) -> int:
-        return max(0, min(64, (self.shared_bytes - self.fixed_bytes) // self.slot_bytes))
+        return max(0, min(64, (self.shared_bytes - self.fixed_bytes) // SLOT))
 
     @property
     def launch_bytes(self) -> int:
-        return self.fixed_bytes + self.slots * self.slot_bytes
+        return self.fixed_bytes + self.slots * SLOT
 
     def defines(self, watchdog: int = 0) -> dict[str, object]:
         """Macros of decode.cu; `watchdog`: milliseconds after which a wait is given up with a message (0: never)."""
@@ -118,7 +120,7 @@ class Layout:
             "DTYPE": 1, "WATCHDOG": watchdog, "LEVELS": len(self.widths), "WIDTHS": several(self.widths),
             "RANKS": several(self.ranks), "LAYERS_OF": several(self.layers), "DOWNS": several(self.downs),
             "POOLS": several(self.pools), "VOCAB": self.vocabulary, "STREAMS": self.streams, "SLOTS": self.slots,
-            "SLOT_BYTES": self.slot_bytes, "FIXED_BYTES": self.fixed_bytes,
+            "SLOT_BYTES": SLOT, "FIXED_BYTES": self.fixed_bytes,
         }  # fmt: skip
 
 
@@ -267,31 +269,46 @@ def pack(weights: UNetWeights, layout: Layout) -> Tensor:
     pieces: list[Tensor] = []
     for level, (group, rank) in enumerate(zip(weights.groups, layout.ranks, strict=True)):
         if level:
-            pieces.append(pack_eights(weights.levels[level - 1].down_weight))
+            pieces.append(pack_rows(weights.levels[level - 1].down_weight))
         for w in group:
             dt, B_C = w.x_proj.float().split([w.dt_proj.shape[1], 2 * STATE])
             mixed = torch.cat([F.pad(dt, (0, 0, 0, rank - len(dt))), B_C])
-            pieces += [pack_eights(m) for m in (w.in_proj.float() * w.norm.float(), mixed, w.out_proj)]
+            pieces += [pack_rows(m) for m in (w.in_proj.float() * w.norm.float(), mixed, w.out_proj)]
         if level:
-            pieces.append(pack_eights(weights.levels[level - 1].up_weight))
+            pieces.append(pack_rows(weights.levels[level - 1].up_weight))
         else:
             head = weights.head.float() * weights.norm_f.float()
-            pieces.append(pack_eights(F.pad(head, (0, 0, 0, layout.vocabulary - len(head)))))
+            pieces.append(pack_rows(F.pad(head, (0, 0, 0, layout.vocabulary - len(head)))))
     return torch.cat([piece.flatten() for piece in pieces])
 
 
-def pack_eights(matrix: Tensor) -> Tensor:
-    """(outputs, inputs) -> (inputs / 8, bytes of a step) uint8: outputs padded to 32, eight inputs of each in a row.
+def pack_rows(matrix: Tensor) -> Tensor:
+    """(outputs, inputs) -> (units, bytes) uint8: eight inputs of one output for each thread, as `Shape` in decode.cu.
 
     A word of 32 bits holds two weights, as mambagen.kernels.unet_decode.cpu_matrix.pack_pairs has them.
     """
     from mambagen.kernels.unet_decode.cpu_matrix import pair_words
 
     outputs, inputs = matrix.shape
-    padded = F.pad(matrix.float(), (0, 0, 0, _up(outputs, 32) - outputs))
-    pairs = padded.view(len(padded), inputs // 8, 4, 2).transpose(0, 1)
-    words = pair_words(pairs[..., 0], pairs[..., 1])
-    return words.contiguous().view(torch.uint8).flatten(1)
+    lanes, rows = spread(outputs, inputs)
+    padded = F.pad(matrix.float(), (0, 0, 0, _up(outputs, 32 // lanes * rows) - outputs))
+    # (warp, row of a lane, lane of other rows, step, half of its inputs, lane of the same rows, word, weight)
+    parts = padded.view(-1, rows, 32 // lanes, inputs // (8 * lanes), 2, lanes, 2, 2)
+    ordered = parts.permute(3, 1, 0, 5, 2, 4, 6, 7)
+    words = pair_words(ordered[..., 0], ordered[..., 1])
+    return words.reshape(inputs // (8 * lanes) * rows, -1).view(torch.uint8)
+
+
+def spread(outputs: int, inputs: int) -> tuple[int, int]:
+    """How many lanes of a warp share an output, and how many outputs a lane has: LANES and EACH in decode.cu."""
+
+    def rows_of(lanes: int) -> int:
+        return 1 << (-(-outputs * lanes // THREADS) - 1).bit_length()
+
+    lanes = min(16, (inputs // 8) & -(inputs // 8))
+    while lanes > 1 and rows_of(lanes) > 4:
+        lanes //= 2
+    return lanes, rows_of(lanes)
 
 
 def _table(w: LayerWeights, rank: int) -> Tensor:

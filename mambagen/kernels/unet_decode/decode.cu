@@ -3,20 +3,24 @@
 // A block serves STREAMS streams and runs everything: no block waits for another. The matrices of a level lie one after
 // another in the order of their use, and a warp of its own, the feeder, copies them into a ring of slots in shared memory,
 // as far ahead as the ring allows and across samples and levels, so that the second-level cache is read without a pause.
-// Every product ends in a barrier of the other warps, after which its slots are given back to the feeder; long ones have
-// such barriers inside. Everything is inlined: a call would keep the ring's place in local memory, and take
-// from the compiler what it knows of shared memory.
+// The barrier that ends a phase gives the slots that were read back to the feeder; long products have such barriers inside.
+// Everything is inlined: a call would keep the ring's place in local memory, and take from the compiler what it knows of
+// shared memory.
 //
-// A matrix of OUT outputs and K inputs lies as (K / 8, OUT, 8) bfloat16; lane o of a warp takes the eight inputs of one
-// output at a time. A word holds two weights: its lower half, and the whole word, whose last bits are the lower half's
-// (the packing rounds with that in mind). Where there are fewer than 16 groups of 32 outputs, warps share the inputs and
-// leave partial sums. Activations, sums and states are float32.
+// A row of a product is summed by lanes of one warp, each with some of its inputs, and shuffles leave the sum with the lane
+// that goes on with it: a layer has four barriers and no partial sums in memory. A lane takes several rows, which share the
+// activations that it reads, and reads its first weights of a product before the barrier that the activations wait for.
+// `Shape` says who takes what; pack_rows in cuda.py lays the matrices out for it. A word holds two weights: its lower half,
+// and the whole word, whose last bits are the lower half's (the packing rounds with that in mind). Activations, sums and
+// states are float32.
 //
 // Macros: LEVELS; WIDTHS, RANKS, LAYERS_OF, DOWNS, POOLS (lists, one number a level; ranks in multiples of 4), VOCAB,
 // STREAMS, SLOTS, SLOT_BYTES, FIXED_BYTES (of Shared), WATCHDOG (see cluster.cuh).
 constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that compute; the feeder comes after them
-constexpr int REFILL = SLOTS / 2;                // copies of a product after which the feeder gets their slots
-static_assert(REFILL <= THREADS, "a thread gives a slot back");
+constexpr int REFILL = SLOTS / 2;                // slots that a product holds at most
+constexpr int MOST_AHEAD = 2;                    // slots read ahead for the next one
+static_assert(REFILL >= MOST_AHEAD && REFILL + MOST_AHEAD <= SLOTS, "a product and the next find room");
+static_assert(SLOTS <= THREADS, "a thread gives a slot back");
 constexpr int WIDTH_OF[] = {WIDTHS}, RANK_OF[] = {RANKS}, LAYER_COUNT[] = {LAYERS_OF}, DOWN_OF[] = {DOWNS};
 constexpr int POOL_OF[] = {POOLS};  // 1 at the centre
 
@@ -24,15 +28,37 @@ __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int parts(int a, int b) { return (a + b - 1) / b; }
 
-// How a product is spread over the warps.
+// How many rows a lane takes where `lanes` share a row, so that no warp has two turns.
+__host__ __device__ constexpr int rows_of_lane(int out, int lanes) {
+  int rows = 1;
+  while (rows * THREADS < out * lanes) rows *= 2;
+  return rows;
+}
+// As many lanes as possible share a row while a lane has four rows at most: more rows for the activations that a lane
+// reads, but also more sums to exchange.
+__host__ __device__ constexpr int lanes_of_row(int out, int k) {
+  int lanes = 1;
+  while (lanes < 16 && k / 8 % (2 * lanes) == 0) lanes *= 2;
+  while (lanes > 1 && rows_of_lane(out, lanes) > 4) lanes /= 2;
+  return lanes;
+}
+
+// How a product is spread. A lane has EACH rows of its warp (lane % SPREAD, SPREAD more, ...) and, of every step's inputs,
+// part lane / SPREAD: four of the first half and four of the second. So neighbours read the same activations or those
+// beside them. A unit is one row's 16 bytes of every lane.
 template <int OUT, int K> struct Shape {
-  static constexpr int GROUPS = parts(OUT, 32), ROWS = 32 * GROUPS;
-  static constexpr int SHARES = GROUPS >= WARPS ? 1 : WARPS / GROUPS;  // of the inputs
-  static constexpr int EACH = parts(GROUPS, WARPS);                    // groups of a warp
-  static constexpr int STEPS = K / 8, CHUNK = least(STEPS, SLOT_BYTES / (ROWS * 16));
-  static constexpr bool EVEN = STEPS % CHUNK == 0 && CHUNK % SHARES == 0;                        // every warp has the same steps
-  static constexpr bool ALL = GROUPS * SHARES == WARPS || (SHARES == 1 && GROUPS % WARPS == 0);  // every warp has some
-  static_assert(K % 8 == 0 && CHUNK > 0, "inputs come in eights, and a slot holds a step");
+  static constexpr int LANES = lanes_of_row(OUT, K), EACH = rows_of_lane(OUT, LANES), SPREAD = 32 / LANES;
+  static constexpr int USED = parts(OUT, SPREAD * EACH);  // warps
+  static constexpr bool FULL_UP = OUT == WARPS * SPREAD * EACH;
+  static constexpr int UNITS = K / (8 * LANES) * EACH, UNIT_BYTES = USED * 32 * 16;
+  static constexpr int PAIR = UNITS % 2 == 0 && 2 * UNIT_BYTES <= SLOT_BYTES;
+  static constexpr int CHUNK = UNITS % 4 == 0 && 4 * UNIT_BYTES <= SLOT_BYTES ? 4 : PAIR ? 2 : 1;  // units of a slot
+  static constexpr int TURN = most(CHUNK, EACH);                                                   // whole slots and steps
+  static constexpr int AHEAD = least(UNITS, CHUNK == 1 ? 2 : most(4, TURN));  // units read before the barrier
+  static constexpr int KEPT = least(LANES, EACH);                             // rows whose sums go to different lanes
+  static constexpr int MINE = EACH / KEPT;                                    // sums that a lane ends with
+  static_assert(K % 8 == 0 && EACH <= 4 && UNIT_BYTES <= SLOT_BYTES, "see unsupported_shape in cuda.py");
+  static_assert(AHEAD % TURN == 0 && AHEAD <= MOST_AHEAD * CHUNK && TURN <= MOST_AHEAD * CHUNK, "");
 };
 
 constexpr int widest() {
@@ -68,9 +94,6 @@ __host__ __device__ constexpr int width_offset(int level) {
 }
 constexpr int RISING = width_offset(LEVELS - 1), CONDITION = width_offset(LEVELS) + RISING;
 constexpr int D = widest(), E = 2 * D, MIXED = 32 + 64;
-// Partial sums of any product: 512 where warps share the inputs, else all outputs.
-constexpr int PARTS = most(most(2 * E, THREADS), most(largest_pool(), VOCAB));
-
 // A layer's small parameters, in floats from its start: per channel the four taps; bias of the convolution, bias of dt,
 // skip, 0; A log2(e); dt_proj.
 __host__ __device__ constexpr int table_floats(int level) { return 2 * WIDTH_OF[level] * (4 + 4 + 16 + RANK_OF[level]); }
@@ -101,12 +124,11 @@ struct Parameters {
 struct __align__(128) Shared {
   float residual[STREAMS][D], skips[STREAMS][most_skips()];
   float convolved[STREAMS][E], gate[STREAMS][E], y[STREAMS][E];
-  float part[STREAMS][PARTS];
   float mixed[STREAMS][MIXED];
   float buffer[STREAMS][most(frame_floats(), 1)], queue[STREAMS][most(frame_floats(), 1)];
   float rising[STREAMS][most(RISING, 1)];  // of the condition, what every sample needs in the middle of a level
-  float logits[STREAMS][VOCAB];
-  int token[STREAMS];
+  float logits[STREAMS][VOCAB], bias[VOCAB];
+  u64 seed[STREAMS];
   u64 full[SLOTS], empty[SLOTS];
 };
 static_assert(sizeof(Shared) <= FIXED_BYTES && FIXED_BYTES % 128 == 0, "the ring comes after the fixed part");
@@ -134,8 +156,9 @@ struct Feeder {
 
   template <int OUT, int K> __device__ __forceinline__ void feed() {
     typedef Shape<OUT, K> S;
-    for (int k = 0; k < S::STEPS; k += S::CHUNK) {
-      const u32 bytes = least(S::CHUNK, S::STEPS - k) * S::ROWS * 16;
+    constexpr u32 bytes = S::CHUNK * S::UNIT_BYTES;
+#pragma unroll 1
+    for (int unit = 0; unit < S::UNITS; unit += S::CHUNK) {
       wait_for(&shared.empty[slot], parity);
       barrier_expect(&shared.full[slot], bytes);
       bulk_copy(ring + slot * SLOT_BYTES, from, bytes, &shared.full[slot], policy);
@@ -146,6 +169,7 @@ struct Feeder {
   template <int LEVEL> __device__ __forceinline__ void feed_levels(int depth) {
     constexpr int W = WIDTH_OF[LEVEL], C = 2 * W, POOLED = LEVEL ? POOL_OF[most(LEVEL - 1, 0)] * WIDTH_OF[most(LEVEL - 1, 0)] : 8;
     if constexpr (LEVEL > 0) feed<W, POOLED>();
+#pragma unroll 1
     for (int n = 0; n < LAYER_COUNT[LEVEL]; n++) feed<2 * C, W>(), feed<RANK_OF[LEVEL] + 32, C>(), feed<W, C>();
     if constexpr (LEVEL > 0) feed<POOLED, W>();
     else feed<VOCAB, W>();
@@ -170,7 +194,7 @@ struct Ring {
     held++;
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
-  // After a product: all threads that compute have read what was taken.
+  // The end of a phase: all threads that compute have read what was taken, and what they wrote can be read.
   __device__ __forceinline__ void sync() {
     team_sync(THREADS);
     const int i = fresh_thread();
@@ -187,100 +211,142 @@ __device__ __forceinline__ float over_quad(float v) {
   return v + __shfl_xor_sync(FULL, v, 2);
 }
 
-// Partial sums of a matrix times x[stream][K] in shared.part; ends before the block's barrier.
-template <int OUT, int K, int ROW> __device__ __forceinline__ void product(Ring& ring, const float (*x)[ROW]) {
+// A product's first weights, in registers.
+template <int OUT, int K> struct Weights {
   typedef Shape<OUT, K> S;
-  const int thread = fresh_thread(), warp = thread >> 5, lane = thread & 31;
-  const int share = S::SHARES == 1 ? 0 : warp / S::GROUPS, group = S::SHARES == 1 ? warp : warp % S::GROUPS;
-  float sum[S::EACH][STREAMS][2] = {};
-  for (int k = 0; k < S::STEPS; k += S::CHUNK) {
-    const u8* const chunk = ring.take();
-    const auto step = [&](int j) {
-      float4 a[STREAMS], b[STREAMS];
+  uint4 first[S::AHEAD];
+
+  __device__ __forceinline__ void take(Ring& ring) { take_some(ring, first); }
+
+  template <int UNITS> __device__ __forceinline__ static void take_some(Ring& ring, uint4 (&w)[UNITS]) {
+    const int thread = S::USED == WARPS ? fresh_thread() : least(fresh_thread(), 32 * S::USED - 1);
 #pragma unroll
-      for (int s = 0; s < STREAMS; s++)
-        a[s] = *(const float4*)(x[s] + 8 * (k + j)), b[s] = *(const float4*)(x[s] + 8 * (k + j) + 4);
+    for (int i = 0; i < UNITS; i += S::CHUNK) {
+      const u8* const chunk = ring.take();
 #pragma unroll
-      for (int e = 0; e < S::EACH; e++) {
-        if (S::GROUPS % WARPS && group + e * WARPS >= S::GROUPS) continue;
-        const uint4 w = *(const uint4*)(chunk + ((j * S::GROUPS + group + e * WARPS) * 32 + lane) * 16);
+      for (int j = 0; j < S::CHUNK; j++) w[i + j] = *(const uint4*)(chunk + j * S::UNIT_BYTES + thread * 16);
+      ring.next();
+    }
+  }
+};
+
+// What a product leaves in a lane: see for_rows.
+template <int OUT, int K> struct Sums {
+  typedef Shape<OUT, K> S;
+  float of[STREAMS][S::EACH];
+  float squares[STREAMS];  // of all inputs, where asked for
+
+  template <bool SQUARES, int UNITS>
+  __device__ __forceinline__ void add(const uint4 (&w)[UNITS], const float4 (&x)[STREAMS][UNITS / S::EACH][2]) {
 #pragma unroll
-        for (int s = 0; s < STREAMS; s++) {
-          float (&to)[2] = sum[e][s];
-          to[0] = fmaf(lower(w.x), a[s].x, to[0]), to[1] = fmaf(upper(w.x), a[s].y, to[1]);
-          to[0] = fmaf(lower(w.y), a[s].z, to[0]), to[1] = fmaf(upper(w.y), a[s].w, to[1]);
-          to[0] = fmaf(lower(w.z), b[s].x, to[0]), to[1] = fmaf(upper(w.z), b[s].y, to[1]);
-          to[0] = fmaf(lower(w.w), b[s].z, to[0]), to[1] = fmaf(upper(w.w), b[s].w, to[1]);
+    for (int i = 0; i < UNITS; i++)
+#pragma unroll
+      for (int s = 0; s < STREAMS; s++) {
+        const float4 a = x[s][i / S::EACH][0], b = x[s][i / S::EACH][1];
+        float& to = of[s][i % S::EACH];
+        to = fmaf(lower(w[i].x), a.x, to), to = fmaf(upper(w[i].x), a.y, to);
+        to = fmaf(lower(w[i].y), a.z, to), to = fmaf(upper(w[i].y), a.w, to);
+        to = fmaf(lower(w[i].z), b.x, to), to = fmaf(upper(w[i].z), b.y, to);
+        to = fmaf(lower(w[i].w), b.z, to), to = fmaf(upper(w[i].w), b.w, to);
+        if (SQUARES && i % S::EACH == 0) squares[s] += dot(a, a) + dot(b, b);
+      }
+  }
+  // Adds up what the lanes of a row have. A lane with several rows gives the sums of half of them away, then of a quarter.
+  template <bool SQUARES> __device__ __forceinline__ void gather(int lane) {
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++)
+#pragma unroll
+      for (int bit = 16, half = S::KEPT / 2; bit >= S::SPREAD; bit /= 2, half /= 2) {
+        if (SQUARES) squares[s] += __shfl_xor_sync(FULL, squares[s], bit);
+#pragma unroll
+        for (int i = 0; i < S::EACH; i += S::KEPT) {
+          if (half == 0) of[s][i] += __shfl_xor_sync(FULL, of[s][i], bit);
+#pragma unroll
+          for (int j = i; j < i + half; j++) {
+            const float low = of[s][j], high = of[s][j + half];
+            of[s][j] = (lane & bit ? high : low) + __shfl_xor_sync(FULL, lane & bit ? low : high, bit);
+          }
         }
       }
-    };
-    if constexpr (S::EVEN) {
-      if (S::ALL || share < S::SHARES)
-#pragma unroll
-        for (int i = 0; i < S::CHUNK / S::SHARES; i++) step(share + i * S::SHARES);
-    } else if (share < S::SHARES) {
-      for (int j = share; j < least(S::CHUNK, S::STEPS - k); j += S::SHARES) step(j);
-    }
-    ring.next();
-    // a long product must give slots back while it runs
-    if (parts(S::STEPS, S::CHUNK) > REFILL && k / S::CHUNK % REFILL == REFILL - 1) ring.sync();
   }
-  if (S::ALL || share < S::SHARES)
-#pragma unroll
-    for (int e = 0; e < S::EACH; e++) {
-      if (S::GROUPS % WARPS && group + e * WARPS >= S::GROUPS) continue;
-#pragma unroll
-      for (int s = 0; s < STREAMS; s++)
-        ring.shared.part[s][share * S::ROWS + (group + e * WARPS) * 32 + lane] = sum[e][s][0] + sum[e][s][1];
-    }
-}
+};
 
-// An output of the product that was computed last.
-template <int OUT, int K> __device__ __forceinline__ float output(const Shared& shared, int stream, int row) {
+// A lane's part of the inputs of some steps.
+template <int OUT, int K, int ROW, int STEPS>
+__device__ __forceinline__ void read_inputs(float4 (&to)[STREAMS][STEPS][2], const float (*x)[ROW], int step, int lane) {
   typedef Shape<OUT, K> S;
-  float sum = shared.part[stream][row];
+  const float* const from = x[0] + step * 8 * S::LANES + lane / S::SPREAD * 4;
 #pragma unroll
-  for (int i = 1; i < S::SHARES; i++) sum += shared.part[stream][i * S::ROWS + row];
-  return sum;
+  for (int s = 0; s < STREAMS; s++)
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) to[s][i][h] = *(const float4*)(from + s * ROW + (2 * i + h) * 4 * S::LANES);
 }
 
-// Calls `what` for the numbers below N, spread over the threads that compute.
-template <int N, typename F> __device__ __forceinline__ void for_all(F what) {
-  const int thread = fresh_thread();
-  if constexpr (N <= THREADS) {
-    if (thread < N) what(thread);
-  } else {
-    for (int i = thread; i < N; i += THREADS) what(i);
+// A matrix times x[stream][K]. `meanwhile` is called once nothing more is taken from the ring, if possible while inputs
+// are on their way: it takes the first weights of the next product.
+template <bool SQUARES, int OUT, int K, int ROW, typename F>
+__device__ __forceinline__ Sums<OUT, K> product(Ring& ring, const Weights<OUT, K>& weights, const float (*x)[ROW], F meanwhile) {
+  typedef Shape<OUT, K> S;
+  const int thread = fresh_thread(), lane = thread & 31;
+  const bool works = S::USED == WARPS || thread < 32 * S::USED;
+  Sums<OUT, K> sums = {};
+  float4 inputs[STREAMS][S::AHEAD / S::EACH][2];
+  read_inputs<OUT, K>(inputs, x, 0, lane);
+  if (S::UNITS == S::AHEAD) meanwhile();
+  if (works) sums.template add<SQUARES>(weights.first, inputs);
+  if constexpr (S::UNITS > S::AHEAD) {
+    for (int unit = S::AHEAD; unit < S::UNITS; unit += S::TURN) {
+      if (S::UNITS / S::CHUNK > REFILL && ring.held + S::TURN / S::CHUNK > REFILL) ring.sync();
+      uint4 w[S::TURN];
+      float4 more[STREAMS][S::TURN / S::EACH][2];
+      Weights<OUT, K>::take_some(ring, w);
+      read_inputs<OUT, K>(more, x, unit / S::EACH, lane);
+      if (works) sums.template add<SQUARES>(w, more);
+    }
+    meanwhile();
   }
+  if (works) sums.template gather<SQUARES>(lane);
+  return sums;
 }
 
-// 1 / sqrt(mean square + epsilon) of a stream's residual, in all lanes of every warp.
-template <int WIDTH> __device__ __forceinline__ float inverse_norm(const Shared& shared, const Parameters& p, int stream) {
-  float sum = 0.f;
-  for (int i = fresh_thread() & 31; i < WIDTH; i += 32) sum = fmaf(shared.residual[stream][i], shared.residual[stream][i], sum);
-  return rsqrt_of(fmaf(sum_over_warp(sum), 1.f / WIDTH, p.epsilon));
+// Calls what(i, row) for the rows whose sums are of[stream][i] in this lane.
+template <int OUT, int K, typename F> __device__ __forceinline__ void for_rows(F what) {
+  typedef Shape<OUT, K> S;
+  const int thread = fresh_thread(), lane = thread & 31;
+  const int row = (thread >> 5) * S::EACH * S::SPREAD + lane / (32 / S::KEPT) * S::SPREAD + lane % S::SPREAD;
+  if (S::LANES > S::KEPT && lane / S::SPREAD % (S::LANES / S::KEPT)) return;  // several lanes have the same sum
+#pragma unroll
+  for (int i = 0; i < S::EACH; i += S::KEPT)
+    if (S::FULL_UP || row + i * S::SPREAD < OUT) what(i, row + i * S::SPREAD);
 }
 
 // A layer's small parameters and states, in registers: they come from far, and are asked for a layer ahead where there is room.
 template <int LEVEL> struct Held {
   static constexpr int C = 2 * WIDTH_OF[LEVEL], R = RANK_OF[LEVEL];
-  static constexpr int PASSES = parts(4 * C, THREADS), CHANNELS = parts(C, THREADS);
+  static constexpr int PASSES = parts(4 * C, THREADS);
+  static constexpr bool FULL_UP = 4 * C % THREADS == 0;
+  static constexpr int EACH = Shape<2 * C, C / 2>::EACH;
   static constexpr bool AHEAD = PASSES * (1 + STREAMS) <= 6;
-  float4 tap[CHANNELS], extra[CHANNELS], window[STREAMS][CHANNELS];  // of channel i THREADS + thread
-  float4 a[PASSES], h[STREAMS][PASSES];                              // of four states of channel (i THREADS + thread) / 4
+  float4 tap[EACH], window[STREAMS][EACH];  // of the channels whose convolution is this lane's, see for_rows
+  float bias[EACH];
+  float4 a[PASSES], h[STREAMS][PASSES];  // of four states of channel (i THREADS + thread) / 4
   float w[PASSES][R / 4], dt_bias[PASSES], skip[PASSES];
 
   __device__ __forceinline__ void take_taps(const float* table, const float4* conv) {
-    const float4* const taps = (const float4*)table;
-    const int thread = fresh_thread();
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-      const int c = i * THREADS + thread;
-      if (c >= C) continue;
-      tap[i] = taps[c], extra[i] = taps[C + c];
+    for (int i = 0; i < EACH; i++) {  // what is not loaded is set too: else it would take up registers in all of the kernel
+      tap[i] = make_float4(0.f, 0.f, 0.f, 0.f), bias[i] = 0.f;
+#pragma unroll
+      for (int s = 0; s < STREAMS; s++) window[s][i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    for_rows<2 * C, C / 2>([&](int i, int c) {
+      if (c >= C) return;
+      tap[i] = ((const float4*)table)[c], bias[i] = table[4 * (C + c)];
 #pragma unroll
       for (int s = 0; s < STREAMS; s++) window[s][i] = conv[s * C + c];
-    }
+    });
   }
   __device__ __forceinline__ void take_states(const float* table, const float* ssm) {
     const float4 *const more = (const float4*)table + C, *const A = more + C;
@@ -289,7 +355,7 @@ template <int LEVEL> struct Held {
 #pragma unroll
     for (int i = 0; i < PASSES; i++) {
       const int unit = i * THREADS + thread, c = unit / 4, q = unit % 4;
-      if (c >= C) continue;
+      if (!FULL_UP && c >= C) continue;
       a[i] = A[unit], dt_bias[i] = more[c].y, skip[i] = more[c].z;
 #pragma unroll
       for (int r = 0; r < R / 4; r++) w[i][r] = dt_proj[c * R + q * (R / 4) + r];
@@ -313,51 +379,59 @@ template <int LEVEL> __device__ __forceinline__ float before_layer(Shared& share
   return v;
 }
 
-// Layer n: residual += mixer(norm(residual)) (+ its skip), for all streams; `slot` is the frame's in the pool, `ssm` and `conv` are the layer's, of the block's
-// first stream. What the next layer needs is asked for as soon as `held` is free.
+// 1 / sqrt(mean square + epsilon)
+template <int WIDTH> __device__ __forceinline__ float inverse_norm(const Parameters& p, float squares) {
+  return rsqrt_of(fmaf(squares, 1.f / WIDTH, p.epsilon));
+}
+
+// Layer n: residual += mixer(norm(residual)) (+ its skip), for all streams; `slot` is the frame's in the pool, `ssm` and `conv`
+// are the layer's, of the block's first stream. What the next layer needs is asked for as soon as `held` and `in` are free.
 template <int LEVEL>
-__device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, const float* table, float* ssm, float4* conv, int n, int slot) {
+__device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 * WIDTH_OF[LEVEL], WIDTH_OF[LEVEL]>& in,
+                                      const float* table, float* ssm, float4* conv, int n, int slot) {
   typedef Held<LEVEL> H;
   constexpr int LAYERS = LAYER_COUNT[LEVEL], DOWN = DOWN_OF[LEVEL];
-  constexpr int W = WIDTH_OF[LEVEL], C = H::C, R = H::R, M = R + 32, PASSES = H::PASSES, CHANNELS = H::CHANNELS;
+  constexpr int W = WIDTH_OF[LEVEL], C = H::C, R = H::R, M = R + 32, PASSES = H::PASSES;
   Shared& shared = ring.shared;
   const Parameters& p = ring.p;
   const int thread = fresh_thread(), q = thread & 3;
   const bool adds = DOWN > 0 ? n >= DOWN : n == LAYERS - 1, last = n == LAYERS - 1;
   const int which = DOWN > 0 ? LAYERS - 1 - n : 0;
+  Weights<M, C> mix;
+  Weights<W, C> out;
 
   if (!H::AHEAD) held.take_taps(table, conv);
-  product<2 * C, W>(ring, shared.residual);  // the norm's weight is in the matrix, its scale comes after
-  ring.sync();
+  // the norm's weight is in the matrix, its scale comes after
+  const auto in_sums = product<true>(ring, in, shared.residual, [&] { mix.take(ring); });
   if (!H::AHEAD) held.take_states(table, ssm);
+  for_rows<2 * C, W>([&](int i, int row) {
 #pragma unroll
-  for (int s = 0; s < STREAMS; s++) {
-    if (thread >= C) continue;  // whole warps
-    const float scale = inverse_norm<W>(shared, p, s);
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-      const int c = i * THREADS + thread;
-      if (c >= C) continue;
-      const float x = scale * output<2 * C, W>(shared, s, c), z = scale * output<2 * C, W>(shared, s, C + c);
+    for (int s = 0; s < STREAMS; s++) {
+      const float x = inverse_norm<W>(p, in_sums.squares[s]) * in_sums.of[s][i];
+      if (row >= C) {
+        shared.gate[s][row - C] = x * sigmoid(x);
+        continue;
+      }
       const float4 old = held.window[s][i], tap = held.tap[i];
-      const float sum = fmaf(tap.w, x, fmaf(tap.z, old.z, fmaf(tap.y, old.y, fmaf(tap.x, old.x, held.extra[i].x))));
-      conv[s * C + c] = make_float4(old.y, old.z, x, 0.f);
-      shared.convolved[s][c] = sum * sigmoid(sum);
-      shared.gate[s][c] = z * sigmoid(z);
+      const float sum = fmaf(tap.w, x, fmaf(tap.z, old.z, fmaf(tap.y, old.y, fmaf(tap.x, old.x, held.bias[i]))));
+      conv[s * C + row] = make_float4(old.y, old.z, x, 0.f);
+      shared.convolved[s][row] = sum * sigmoid(sum);
     }
-  }
-  team_sync(THREADS);
-  product<M, C>(ring, shared.convolved);
+  });
   ring.sync();
-  for_all<STREAMS * M>([&](int i) { shared.mixed[i / M][i % M] = output<M, C>(shared, i / M, i % M); });
-  team_sync(THREADS);
+  const auto mix_sums = product<false>(ring, mix, shared.convolved, [&] { out.take(ring); });
+  for_rows<M, C>([&](int i, int row) {
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++) shared.mixed[s][row] = mix_sums.of[s][i];
+  });
+  ring.sync();
 #pragma unroll
   for (int s = 0; s < STREAMS; s++) {
     const float4 B = *(const float4*)(shared.mixed[s] + R + 4 * q), Cs = *(const float4*)(shared.mixed[s] + R + 16 + 4 * q);
 #pragma unroll
     for (int i = 0; i < PASSES; i++) {
       const int unit = i * THREADS + thread, c = unit / 4;
-      const bool mine = c < C;  // all lanes take part in the sums
+      const bool mine = H::FULL_UP || c < C;  // all lanes take part in the sums
       float dt = 0.f;
 #pragma unroll
       for (int r = 0; r < R / 4; r++) dt = mine ? fmaf(held.w[i][r], shared.mixed[s][q * (R / 4) + r], dt) : 0.f;
@@ -381,114 +455,118 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, const float
     held.take_taps(after, conv + (i64)p.streams * C);
     held.take_states(after, ssm + (i64)p.streams * C * 16);
   }
-  team_sync(THREADS);
-  product<W, C>(ring, shared.y);
   ring.sync();
-  for_all<STREAMS * W>([&](int i) {
-    const int s = i / W, row = i % W;
-    const float v = shared.residual[s][row] + output<W, C>(shared, s, row);
-    const float whole = adds ? v + shared.skips[s][which * W + row] : v;
-    shared.residual[s][row] = before_layer<LEVEL>(shared, n + 1, slot, s, row, whole);
+  const auto out_sums = product<false>(ring, out, shared.y, [&] {
+    if (!last) in.take(ring);
   });
-  team_sync(THREADS);
+  for_rows<W, C>([&](int i, int row) {
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++) {
+      const float v = shared.residual[s][row] + out_sums.of[s][i];
+      const float whole = adds ? v + shared.skips[s][which * W + row] : v;
+      shared.residual[s][row] = before_layer<LEVEL>(shared, n + 1, slot, s, row, whole);
+    }
+  });
+  ring.sync();
+}
+
+// The next sample of each stream, and its embedding as the residual. `meanwhile` is called before that is waited for.
+template <typename F> __device__ __forceinline__ void choose(Ring& ring, int step, int slot, int first, F meanwhile) {
+  constexpr int W = WIDTH_OF[0];
+  Shared& shared = ring.shared;
+  const Parameters& p = ring.p;
+  const int s = threadIdx.x >> 5, lane = threadIdx.x & 31;  // a warp a stream,
+  const int both = p.paired ? 2 : 1;                        // or a pair of them
+  const bool draws = s < STREAMS && s % both == 0;
+  int token = 0;
+  if (draws && !p.forced) {
+    if (p.paired)
+      for (int id = lane; id < VOCAB; id += 32) {
+        const float asked = shared.logits[s][id], without = shared.logits[least(s + 1, STREAMS - 1)][id];
+        shared.logits[s][id] = fmaf(p.guidance, asked - without, without);
+      }
+    __syncwarp();
+    Sampling how = p.sampling;
+    how.seed = shared.seed[s];
+    token = draw_token(shared.logits[s], shared.bias, how, p.position + step, 0);
+  }
+  meanwhile();
+  if (draws)
+    for (int to = s; to < s + both; to++) {
+      const i64 at = (i64)step * p.streams + first + to;
+      if (p.forced) token = p.forced[at];
+      if (p.tokens && lane == 0) p.tokens[at] = token;
+      for (int row = lane; row < W; row += 32) {
+        const float v = p.embedding[(i64)token * W + row] + p.condition[(i64)(first + to) * CONDITION + row];
+        shared.residual[to][row] = before_layer<0>(shared, 0, slot, to, row, v);
+      }
+    }
+  ring.sync();
 }
 
 // One frame of a level and what it gives to the one above (level 0: the logits).
 template <int LEVEL>
-__device__ __forceinline__ void run_level(Ring& ring, int slot, int first, const float* table, const float* pool_bias, float* ssm,
-                                          float4* conv) {
-  constexpr int W = WIDTH_OF[LEVEL], C = 2 * W, LAYERS = LAYER_COUNT[LEVEL], DOWN = DOWN_OF[LEVEL], POOL = POOL_OF[LEVEL];
+__device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int first, const float* table, const float* pool_bias,
+                                          float* ssm, float4* conv) {
+  constexpr int W = WIDTH_OF[LEVEL], C = 2 * W, LAYERS = LAYER_COUNT[LEVEL];
+  constexpr int ABOVE = most(LEVEL - 1, 0), POOLED = POOL_OF[ABOVE] * WIDTH_OF[ABOVE];  // not used by level 0
   Shared& shared = ring.shared;
   const Parameters& p = ring.p;
-  const int thread = fresh_thread();
   ssm += (i64)first * C * 16, conv += (i64)first * C;
-  if constexpr (LEVEL > 0) {
-    constexpr int K = POOL_OF[LEVEL - 1] * WIDTH_OF[LEVEL - 1];
-    product<W, K>(ring, (const float(*)[most(frame_floats(), 1)])(&shared.buffer[0][frame_offset(LEVEL - 1)]));
-    ring.sync();
-    for_all<STREAMS * W>([&](int i) {
-      const int s = i / W, row = i % W;
-      const float more = pool_bias[row] + p.condition[(i64)(first + s) * CONDITION + width_offset(LEVEL) + row];
-      shared.residual[s][row] = before_layer<LEVEL>(shared, 0, slot, s, row, output<W, K>(shared, s, row) + more);
-    });
-    team_sync(THREADS);
-  }
   Held<LEVEL> held;
-  if (Held<LEVEL>::AHEAD) held.take_taps(table, conv), held.take_states(table, ssm);
+  Weights<2 * C, W> in;
+  const auto meanwhile = [&] {
+    if (Held<LEVEL>::AHEAD) held.take_taps(table, conv), held.take_states(table, ssm);
+    in.take(ring);
+  };
+  if constexpr (LEVEL == 0) {
+    choose(ring, step, slot, first, meanwhile);
+  } else {
+    Weights<W, POOLED> down;
+    down.take(ring);
+    const auto frames = (const float(*)[most(frame_floats(), 1)])(&shared.buffer[0][frame_offset(ABOVE)]);
+    const auto sums = product<false>(ring, down, frames, meanwhile);
+    for_rows<W, POOLED>([&](int i, int row) {
+#pragma unroll
+      for (int s = 0; s < STREAMS; s++) {
+        const float more = pool_bias[row] + p.condition[(i64)(first + s) * CONDITION + width_offset(LEVEL) + row];
+        shared.residual[s][row] = before_layer<LEVEL>(shared, 0, slot, s, row, sums.of[s][i] + more);
+      }
+    });
+    ring.sync();
+  }
 #pragma unroll 1
   for (int n = 0; n < LAYERS; n++) {
-    layer<LEVEL>(ring, held, table, ssm, conv, n, slot);
+    layer<LEVEL>(ring, held, in, table, ssm, conv, n, slot);
     table += table_floats(LEVEL), ssm += (i64)p.streams * C * 16, conv += (i64)p.streams * C;
   }
-  if constexpr (LEVEL > 0) {
-    constexpr int OUT = POOL_OF[LEVEL - 1] * WIDTH_OF[LEVEL - 1];
-    product<OUT, W>(ring, shared.residual);
-    ring.sync();
-    for_all<STREAMS * OUT>([&](int i) {
-      shared.queue[i / OUT][frame_offset(LEVEL - 1) + i % OUT] = output<OUT, W>(shared, i / OUT, i % OUT) + pool_bias[W + i % OUT];
-    });
-    team_sync(THREADS);
-  } else {
-    product<VOCAB, W>(ring, shared.residual);
-    ring.sync();
+  constexpr int OUT = LEVEL > 0 ? POOLED : VOCAB;
+  const float* const bias = LEVEL > 0 ? pool_bias + W : p.head_bias;
+  Weights<OUT, W> leaving;
+  leaving.take(ring);
+  const auto sums = product<LEVEL == 0>(ring, leaving, shared.residual, [] {});
+  for_rows<OUT, W>([&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
-      const float scale = inverse_norm<W>(shared, p, s);
-      for_all<VOCAB>([&](int i) { shared.logits[s][i] = fmaf(scale, output<VOCAB, W>(shared, s, i), p.head_bias[i]); });
+      if (LEVEL > 0) shared.queue[s][frame_offset(ABOVE) + row] = sums.of[s][i] + bias[row];
+      else shared.logits[s][row] = fmaf(inverse_norm<W>(p, sums.squares[s]), sums.of[s][i], bias[row]);
     }
-    team_sync(THREADS);
-  }
+  });
+  ring.sync();
 }
 
 // Level LEVEL and, where its frame is the last of a pooled one, those below it.
 template <int LEVEL>
-__device__ __forceinline__ void run_levels(Ring& ring, u64 place, int depth, int first, const float* table, const float* pool_bias,
-                                           float* ssm, float4* conv) {
-  run_level<LEVEL>(ring, (int)(place % POOL_OF[LEVEL]), first, table, pool_bias, ssm, conv);
+__device__ __forceinline__ void run_levels(Ring& ring, int step, u64 place, int depth, int first, const float* table,
+                                           const float* pool_bias, float* ssm, float4* conv) {
+  run_level<LEVEL>(ring, step, (int)(place % POOL_OF[LEVEL]), first, table, pool_bias, ssm, conv);
   if constexpr (LEVEL + 1 < LEVELS)
     if (depth > 1) {
       constexpr int C = 2 * WIDTH_OF[LEVEL], N = LAYER_COUNT[LEVEL];
       const int biases = LEVEL > 0 ? WIDTH_OF[LEVEL] + POOL_OF[most(LEVEL - 1, 0)] * WIDTH_OF[most(LEVEL - 1, 0)] : 0;
-      run_levels<LEVEL + 1>(ring, place / POOL_OF[LEVEL], depth - 1, first, table + N * table_floats(LEVEL), pool_bias + biases,
+      run_levels<LEVEL + 1>(ring, step, place / POOL_OF[LEVEL], depth - 1, first, table + N * table_floats(LEVEL), pool_bias + biases,
                             ssm + (i64)N * ring.p.streams * C * 16, conv + (i64)N * ring.p.streams * C);
     }
-}
-
-// The next sample of each stream, and its embedding as the residual.
-__device__ __forceinline__ void choose(Ring& ring, int step, int slot, int first) {
-  constexpr int W = WIDTH_OF[0];
-  Shared& shared = ring.shared;
-  const Parameters& p = ring.p;
-  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-  if (p.forced) {
-    if (thread < STREAMS) shared.token[thread] = p.forced[(i64)step * p.streams + first + thread];
-  } else {
-    if (p.paired) {
-      for (int i = thread; i < STREAMS / 2 * VOCAB; i += THREADS) {
-        const int s = i / VOCAB * 2, id = i % VOCAB;
-        const float asked = shared.logits[s][id], without = shared.logits[s | 1][id];
-        shared.logits[s][id] = fmaf(p.guidance, asked - without, without);
-      }
-      team_sync(THREADS);
-    }
-    if (warp < STREAMS && (!p.paired || warp % 2 == 0)) {
-      Sampling how = p.sampling;
-      how.seed = p.seeds[first + warp];
-      const int token = draw_token(shared.logits[warp], p.bias, how, p.position + step, 0);
-      if (lane == 0) {
-        shared.token[warp] = token;
-        if (p.paired) shared.token[least(warp + 1, STREAMS - 1)] = token;
-      }
-    }
-  }
-  team_sync(THREADS);
-  if (thread < STREAMS && p.tokens) p.tokens[(i64)step * p.streams + first + thread] = shared.token[thread];
-  for_all<STREAMS * W>([&](int i) {
-    const int s = i / W, row = i % W;
-    const float v = p.embedding[(i64)shared.token[s] * W + row] + p.condition[(i64)(first + s) * CONDITION + row];
-    shared.residual[s][row] = before_layer<0>(shared, 0, slot, s, row, v);
-  });
-  team_sync(THREADS);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __grid_constant__ Parameters p) {
@@ -517,12 +595,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
   for (int i = thread; i < STREAMS * RISING; i += THREADS)
     shared.rising[i / RISING][i % RISING] = p.condition[(i64)(first + i / RISING) * CONDITION + width_offset(LEVELS) + i % RISING];
   for (int i = thread; i < STREAMS * VOCAB; i += THREADS) shared.logits[i / VOCAB][i % VOCAB] = p.logits[(i64)first * VOCAB + i];
+  for (int i = thread; i < VOCAB; i += THREADS) shared.bias[i] = p.bias[i];
+  if (thread < STREAMS) shared.seed[thread] = p.seeds[first + thread];
   team_sync(THREADS);
   Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, 0};
   for (int step = 0; step < p.steps; step++) {
     const u64 place = p.position + step;
-    choose(ring, step, (int)(place % POOL_OF[0]), first);
-    run_levels<0>(ring, place, depth_at(place), first, p.tables, p.pool_bias, p.ssm, p.conv);
+    run_levels<0>(ring, step, place, depth_at(place), first, p.tables, p.pool_bias, p.ssm, p.conv);
     if (p.all_logits)
       for (int i = thread; i < STREAMS * VOCAB; i += THREADS)
         p.all_logits[((i64)step * p.streams + first) * VOCAB + i] = shared.logits[i / VOCAB][i % VOCAB];
