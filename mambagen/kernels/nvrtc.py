@@ -100,11 +100,22 @@ class _LaunchConfig(ctypes.Structure):
 
 
 class Kernel:
-    """One compiled function on one device; call it with a packed parameter struct."""
+    """One compiled function on one device; call it with a packed parameter struct.
 
-    def __init__(self, source: str, name: str, defines: Mapping[str, object], device: int, shared_bytes: int = 0):
+    `exact` compiles for this very architecture, with the instructions that later ones do not promise to have.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        defines: Mapping[str, object],
+        device: int,
+        shared_bytes: int = 0,
+        exact: bool = False,
+    ):
         major, minor = torch.cuda.get_device_capability(device)
-        cubin = compile_cubin(source, defines, f"sm_{major}{minor}")
+        cubin = compile_cubin(source, defines, f"sm_{major}{minor}" + ("a" if exact else ""))
         self._driver = _driver()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes the context

@@ -174,6 +174,8 @@ inline void team_sync(int threads) {
   f.block->team_arrived++;
   wait_until([&] { return f.block->team_arrived >= n * threads; });
 }
+template <int COUNT> inline void take_registers() {}
+template <int COUNT> inline void leave_registers() {}
 inline void cluster_sync() {
   const u64 n = ++machine.current->cluster_syncs;
   machine.cluster_arrived++;

@@ -32,7 +32,7 @@ def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     folder = Path(cuda.__file__).parent
     launcher = (
         'extern "C" int emulate(const Parameters* p, int clusters, int shared_bytes, u32 seed) {\n'
-        "  return launch(clusters, CLUSTER, THREADS, shared_bytes, seed, [=] { decode(*p); });\n}\n"
+        "  return launch(clusters, CLUSTER, ALL_THREADS, shared_bytes, seed, [=] { decode(*p); });\n}\n"
     )
     source = "".join((folder / name).read_text() for name in ("sampling.cuh", "decode.cu")) + launcher
     return build("decoder", source, defines, optimise="-O0")

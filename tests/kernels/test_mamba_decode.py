@@ -278,7 +278,7 @@ def test_cuda_kernel_compiles_for_hopper_without_a_gpu(width, layers, streams):
     layout = Layout.of(weights, streams, 1, 227 << 10)
     assert layout.launch_bytes <= 227 << 10
     assert unsupported_shape(weights, 227 << 10) is None
-    assert compile_cubin(source(), layout.defines(), "sm_90")
+    assert compile_cubin(source(), layout.defines(), "sm_90a")
 
 
 def test_what_a_backend_cannot_do_is_said():

@@ -24,12 +24,6 @@ __device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
   asm volatile("{ .reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1; }"
                ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ bool barrier_test(u64* bar, u32 parity) {
-  u32 done;
-  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
-  return done;
-}
 // Until the barrier's phase of this parity is over. SCOPE is that of the threads whose writes are then seen: those that
 // brought the phase to its end.
 #define WAIT(NAME, SCOPE)                                                                                               \
@@ -52,6 +46,10 @@ WAIT(wait_for_cluster, "cluster")  // for what other blocks have sent
 
 // The thread's number, of which nothing is computed before: what depends on it is not kept in registers over a long loop.
 __device__ __forceinline__ int fresh_thread() { int t = threadIdx.x; asm volatile("" : "+r"(t)); return t; }
+
+// All warps of a group of four ask for so many registers a thread, or keep only so many (multiples of 8).
+template <int COUNT> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> __device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 // A barrier of the block's first `threads` threads (all warps of them, and no others).
 __device__ __forceinline__ void team_sync(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }

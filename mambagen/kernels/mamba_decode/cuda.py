@@ -19,7 +19,8 @@ from mambagen.kernels.mamba_decode import LayerWeights, Sampling, StackWeights
 from mambagen.kernels.nvrtc import Kernel, why_unavailable
 
 STATE, WIDTH = 16, 4  # states a channel, taps of the convolution
-WARPS, MARKS = 8, 12
+WARPS, MARKS = 8, 12  # warps that compute
+THREADS = 32 * (WARPS + 4)  # of a block: the feeder is in a group of four
 MAX_VOCABULARY = 1024
 MAX_STREAMS = 20  # of one cluster
 SIXTEEN_STREAMS = 4  # up to which a cluster of 16 blocks is faster than one of 8: one column tile
@@ -343,7 +344,7 @@ class CudaDecoder:
         layout = self.layout
         index = self.device.index or 0
         kernel = _kernel(index, tuple(layout.defines(self.debug).items()), layout.launch_bytes)
-        kernel((self.clusters * layout.cluster, 1, 1), 32 * WARPS, parameters, layout.cluster)
+        kernel((self.clusters * layout.cluster, 1, 1), THREADS, parameters, layout.cluster)
 
 
 def chip(device: torch.device) -> tuple[int, int]:
@@ -358,10 +359,10 @@ def _active_clusters(device: int, cluster: int, shared_bytes: int) -> int:
     if cluster > 8:
         try:
             probe.allow_large_clusters()
-            return probe.active_clusters(32 * WARPS, cluster)
+            return probe.active_clusters(THREADS, cluster)
         except RuntimeError:  # of more than 8 blocks not every chip has
             return 0
-    return probe.active_clusters(32 * WARPS, cluster)
+    return probe.active_clusters(THREADS, cluster)
 
 
 @functools.cache
@@ -375,7 +376,7 @@ def source() -> str:
 @functools.cache
 def _kernel(device: int, defines: tuple[tuple[str, object], ...], shared_bytes: int) -> Kernel:
     values = dict(defines)
-    kernel = Kernel(source(), "decode", values, device, shared_bytes)
+    kernel = Kernel(source(), "decode", values, device, shared_bytes, exact=True)
     if int(str(values["CLUSTER"])) > 8:
         kernel.allow_large_clusters()
     return kernel

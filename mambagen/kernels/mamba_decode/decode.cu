@@ -7,7 +7,8 @@
 //   mixed     partial sums of x_proj over the block's channels, to every block
 //   partial   partial sums of out_proj over the block's channels, to the block that owns those rows of the residual
 //   residual  the new residual, split into two bfloat16, to every block; squares: its sums of squares
-// Weights come in the order in which they are used, by bulk copies that run ahead as far as the ring allows.
+// Weights come in the order in which they are used, by bulk copies of a warp of its own, the feeder, which run ahead as
+// far as the ring allows: whoever computes never stops to order them.
 //
 // A tile of the product has 16 outputs as rows and 8 columns: column 2s + t is part t (high, low) of stream s of four, so
 // that activations count to 16 bits at no cost. Lane 4g + q holds rows 2g and 2g + 1 of stream q.
@@ -17,9 +18,13 @@
 // RESIDENT (1: all weights fit the ring and are copied once), FIXED_BYTES (of Shared), EARLY_OUT.
 // For finding faults, 0 otherwise: DUMP (1: leaves every stage), PROFILE (1: clock cycles of every part of a layer by warp of
 // the first block), WATCHDOG (milliseconds after which a wait is given up with a message).
-constexpr int EARLY_IN = 64;  // registers for weights of in_proj that wait for their activations, as EARLY_OUT for out_proj
-constexpr int AHEAD_PASSES = STREAMS > 8 ? 2 : STREAMS > 4 ? 4 : 8;  // states that wait for their pass of the scan
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
+// Registers for weights of in_proj that wait for their activations, as EARLY_OUT for out_proj.
+constexpr int EARLY_IN = STREAMS > 8 ? 32 : 64;
+constexpr int AHEAD_PASSES = STREAMS > 8 ? 3 : STREAMS > 4 ? 4 : 8;  // states that wait for their pass of the scan
+constexpr int WARPS = 8, THREADS = 32 * WARPS;      // that compute; the feeder comes after them
+// The feeder brings three idle warps, as registers change hands among four warps: 168 a thread at the launch, then these.
+constexpr int ALL_THREADS = THREADS + 128, MANY = 232, FEW = 40;
+static_assert(THREADS * MANY + 128 * FEW <= 65536 && THREADS % 128 == 0, "a multiprocessor's registers");
 constexpr int NT = (STREAMS + 3) / 4;               // column tiles
 constexpr int KD = D / 16, KE = EC / 16;            // steps of the sums over the residual's and the block's channels
 constexpr int IN_TILES = 2 * EC / 16, OT = KD / CLUSTER;
@@ -96,14 +101,6 @@ struct Parameters {
   float epsilon, inverse_width;
 };
 
-// What one thread, the feeder, knows of the copies: the next chunk of the stream of weights and the slot it goes to.
-struct Feed {
-  const u8 *weights, *from;
-  u64 policy;
-  int step, layer, chunk, slot;
-  u32 offset, parity;
-};
-
 struct __align__(128) Shared {
   u8 residual[STREAMS][D_ROW];           // split, received
   u8 convolved_split[STREAMS][E_ROW], y_split[STREAMS][E_ROW];
@@ -117,50 +114,49 @@ struct __align__(128) Shared {
   int token[STREAMS];
   u64 full[SLOTS], empty[SLOTS];
   u64 mixed_here, partial_here, residual_here, squares_here, head_here;
-  Feed feed;
 };
 static_assert(sizeof(Shared) <= FIXED_BYTES && FIXED_BYTES % 128 == 0, "the ring comes after the fixed part");
 
-// Copies what has room, and at least `needed` chunks; the number of chunks.
-__device__ __noinline__ int copy_chunks(Shared& shared, u8* memory, int steps, int needed) {
-  Feed f = shared.feed;
-  int copied = 0;
-  for (; f.step < (RESIDENT ? 1 : steps); copied++) {
-    if (!RESIDENT) {
-      if (copied < needed) wait_for(&shared.empty[f.slot], f.parity);
-      else if (!barrier_test(&shared.empty[f.slot], f.parity)) break;
-    }
-    const u32 bytes = chunk_bytes(f.layer == LAYERS ? LAYER_CHUNKS + f.chunk : f.chunk);
-    barrier_expect(&shared.full[f.slot], bytes);
-    bulk_copy(memory + f.offset, f.from, bytes, &shared.full[f.slot], f.policy);
-    f.from += bytes;
-    if (++f.chunk == (f.layer == LAYERS ? HEAD_CHUNKS : LAYER_CHUNKS)) {
-      f.chunk = 0;
-      if (f.layer++ == LAYERS) f.layer = 0, f.from = f.weights, f.step++;
-    }
-    f.slot++;
-    f.offset += RESIDENT ? bytes : SLOT_BYTES;
-    if (!RESIDENT && f.slot == SLOTS) f.slot = 0, f.offset = 0, f.parity ^= 1;
-  }
-  shared.feed = f;
-  return copied;
-}
+// The feeder's place in the ring.
+struct Feeder {
+  Shared& shared;
+  u8* to;
+  u64 policy;
+  int slot = 0;
+  u32 parity = 1;  // of the end of the slot's last use; a barrier that nobody has used counts as passed with 1
 
-// The weights as every warp sees them: the next chunk and the parity with which its slot becomes full. The feeder is a lane
-// of the last warp, which has least to do; it copies as far ahead as the slots that all warps have released allow.
+  __device__ __forceinline__ void copy(const u8*& from, u32 bytes) {
+    if (!RESIDENT) wait_for(&shared.empty[slot], parity);
+    barrier_expect(&shared.full[slot], bytes);
+    bulk_copy(to, from, bytes, &shared.full[slot], policy);
+    from += bytes, to += RESIDENT ? bytes : SLOT_BYTES;
+    if (++slot == SLOTS) slot = 0, parity ^= 1, to -= RESIDENT ? 0 : SLOTS * SLOT_BYTES;
+  }
+  // The chunks of all tokens in the order of their use; weights that stay are copied once.
+  __device__ __forceinline__ void copy_all(const u8* const weights, int steps) {
+    for (int step = 0; step < (RESIDENT ? 1 : steps); step++) {
+      const u8* from = weights;
+#pragma unroll 1
+      for (int layer = 0; layer < LAYERS; layer++)
+#pragma unroll
+        for (int i = 0; i < LAYER_CHUNKS; i++) copy(from, chunk_bytes(i));
+#pragma unroll 1
+      for (int i = 0; i < HEAD_CHUNKS; i++) copy(from, chunk_bytes(LAYER_CHUNKS + i));
+    }
+  }
+};
+
+// The copies as the other warps see them: the next chunk, and the parity with which its slot becomes full.
 struct Ring {
   Shared& shared;
   u8* memory;
-  int steps;
-  int slot = 0, ahead = 0;  // ahead: chunks that are copied or under way (known to the feeder only)
+  int slot = 0;
   u32 parity = 0, offset = 0;
 
   __device__ __forceinline__ void start() {  // of a token
     if (RESIDENT) slot = 0, offset = 0;
   }
   __device__ __forceinline__ const u8* wait() {
-    if (!RESIDENT && is_feeder() && ahead == 0) copy(1);
-    ahead--;
     wait_for(&shared.full[slot], parity);
     return memory + offset;
   }
@@ -173,12 +169,6 @@ struct Ring {
     slot++;
     offset += RESIDENT ? bytes : SLOT_BYTES;
     if (!RESIDENT && slot == SLOTS) slot = 0, offset = 0, parity ^= 1;
-  }
-
-  __device__ __forceinline__ static bool is_feeder() { return threadIdx.x == THREADS - 32; }
-  __device__ __forceinline__ void copy(int needed) { ahead += copy_chunks(shared, memory, steps, needed); }
-  __device__ __forceinline__ void refill() {
-    if (!RESIDENT && is_feeder()) copy(0);
   }
 };
 
@@ -201,10 +191,7 @@ template <int TILES, int STEPS, int CHUNK, int REGISTERS, int CHAINS> struct Pro
     return TILES % WARPS == 0 || i * WARPS + (int)(threadIdx.x >> 5) < TILES;
   }
   __device__ __forceinline__ void load(Ring& ring, int k, uint4 (&to)[MINE][TERMS]) {
-    if (k % CHUNK == 0) {
-      if (k >= EARLY) ring.refill();
-      chunk = ring.wait();
-    }
+    if (k % CHUNK == 0) chunk = ring.wait();
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < MINE; i++)
@@ -292,8 +279,7 @@ __device__ __forceinline__ float* dump_row(const Parameters& p, int step, int la
 __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8* memory, const u32 rank) {
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
   const int first = blockIdx.x / CLUSTER * STREAMS;  // stream of this cluster
-  Ring ring{shared, memory, p.steps};
-  if (ring.is_feeder()) ring.copy(0);
+  Ring ring{shared, memory};
 #if PROFILE
   u32 spent[MARKS] = {}, last = read_clock();
 #endif
@@ -337,7 +323,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
       if (has_window(i, nt)) window[i][nt][0] = window_of(0, i, nt)[0], window[i][nt][1] = window_of(0, i, nt)[1];
 
   for (int i = thread; i < STREAMS * VOCAB; i += THREADS) shared.logits[i / VOCAB][i % VOCAB] = p.logits[(i64)first * VOCAB + i];
-  __syncthreads();
+  team_sync(THREADS);
 
   for (int step = 0; step < p.steps; step++) {
     ring.start();
@@ -354,7 +340,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
         if (p.tokens && rank == 0) p.tokens[(i64)step * p.streams + first + stream] = token;
       }
     }
-    __syncthreads();
+    team_sync(THREADS);
     for (int i = thread; i < STREAMS * (D / 4); i += THREADS) {
       const int stream = i / (D / 4), quad = i % (D / 4);
       *(uint4*)(shared.residual[stream] + quad * 16) = split(*(const float4*)(p.embedding + (i64)shared.token[stream] * D + quad * 4));
@@ -369,7 +355,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
         residual[i] = *(const float4*)(p.embedding + (i64)shared.token[quad / QUADS] * D + row);
       }
     }
-    __syncthreads();
+    team_sync(THREADS);
 
     for (int layer = 0; layer < LAYERS; layer++) {
       const int next = layer + 1 < LAYERS ? layer + 1 : 0;
@@ -433,8 +419,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
       }
       MARK(2)  // norm, convolution, gate
       mix.fetch(ring);
-      __syncthreads();
-      ring.refill();
+      team_sync(THREADS);
 
       MARK(3)  // until all have written
       // ---- what all channels say about dt, B and C
@@ -464,7 +449,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
         for (int j = 0; j < CLUSTER; j++) sum += shared.mixed_parts[j][i];
         shared.mixed[i / XR][i % XR] = sum;
       }
-      __syncthreads();
+      team_sync(THREADS);
 
       MARK(6)  // their sums
       // ---- the scan's step
@@ -513,7 +498,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
 #endif
       MARK(7)  // the scan
       ring.release(table_slot);
-      __syncthreads();
+      team_sync(THREADS);
 
       // ---- the block's part of the new residual, to those who own it
       float2 rows[out.MINE][NT];
@@ -529,7 +514,6 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
           send(in_block(to, owner), rows[i][nt], in_block(shared_address(&shared.partial_here), owner));
         }
       MARK(8)  // out_proj and its sends, with the wait before
-      ring.refill();
       if (layer + 1 < LAYERS) in.fetch(ring);
 
       MARK(9)  // weights of the next layer into registers
@@ -594,7 +578,6 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
       }
       ring.release(ring.slot);
       ring.advance(count * HT * FRAGMENT);
-      ring.refill();
     }
 #pragma unroll
     for (int i = 0; i < HEAD_MINE; i++)
@@ -621,7 +604,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
       if (thread == 0) barrier_expect(&shared.head_here, HEAD_PARTS * STREAMS * VOCAB * 4);
       head_parity ^= 1;
     }
-    __syncthreads();
+    team_sync(THREADS);
     for (int i = thread; i < STREAMS * VOCAB; i += THREADS) {
       const int stream = i / VOCAB, id = i % VOCAB;
       float v = 0.f;
@@ -634,7 +617,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
         if (step == p.steps - 1) p.logits[(i64)first * VOCAB + i] = v;
       }
     }
-    __syncthreads();
+    team_sync(THREADS);
     MARK(11)  // everything outside the layers
   }
 #if PROFILE
@@ -643,7 +626,7 @@ __device__ __forceinline__ void step_all(const Parameters& p, Shared& shared, u8
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid_constant__ Parameters p) {
   u8* const memory = dynamic_shared();
   Shared& shared = *(Shared*)memory;
   const u32 rank = cluster_rank();
@@ -657,11 +640,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     barrier_expect(&shared.residual_here, STREAMS * D * 4);
     barrier_expect(&shared.squares_here, STREAMS * SQUARES * 4);
     barrier_expect(&shared.head_here, HEAD_PARTS * STREAMS * VOCAB * 4);
-    const u8* const weights = p.weights + rank * BLOCK_BYTES;
-    // a barrier that nobody has used counts as passed with parity 1
-    shared.feed = Feed{weights, weights, keep_policy(), 0, 0, 0, 0, 0, 1};
   }
   cluster_sync();  // all barriers of all blocks are ready
-  step_all(p, shared, memory + FIXED_BYTES, rank);
+  if (threadIdx.x < THREADS) {
+    take_registers<MANY>();
+    step_all(p, shared, memory + FIXED_BYTES, rank);
+  } else {
+    leave_registers<FEW>();
+    if (threadIdx.x == THREADS)
+      Feeder{shared, memory + FIXED_BYTES, keep_policy()}.copy_all(p.weights + rank * BLOCK_BYTES, p.steps);
+  }
   cluster_sync();  // no block leaves while another may still send to it
 }
