@@ -88,8 +88,14 @@ def test_rows_are_the_nearest_and_unpack(outputs, inputs, shared, rows):
 @emulated
 @pytest.mark.parametrize(
     ("name", "streams", "batch", "memory"),
-    [("two pools", 1, 1, 227), ("two pools", 2, 3, 227), ("wide", 1, 1, 100), ("three stages", 2, 2, 227)],
-    ids=["one stream", "two a block", "wide, a short ring", "three stages"],
+    [
+        ("two pools", 1, 1, 227),
+        ("two pools", 2, 3, 227),
+        ("wide", 1, 1, 100),
+        ("wide", 2, 2, 227),
+        ("three stages", 2, 2, 227),
+    ],
+    ids=["one stream", "two a block", "wide, a short ring", "wide, two a block", "three stages"],
 )
 def test_the_kernel_gives_the_reference(name, streams, batch, memory):
     weights = draw_weights(name)

@@ -314,7 +314,7 @@ def spread(outputs: int, inputs: int) -> tuple[int, int]:
 def _table(w: LayerWeights, rank: int) -> Tensor:
     """A layer's small parameters, flat float32, as decode.cu has them."""
     taps = F.pad(w.conv_weight.float(), (TAPS - w.conv_weight.shape[1], 0))
-    more = torch.stack([w.conv_bias, w.dt_bias, w.D, torch.zeros_like(w.D)], 1).float()
+    more = torch.stack([w.conv_bias, torch.zeros_like(w.D), w.dt_bias, w.D], 1).float()
     A = -torch.exp(w.A_log.float()) * math.log2(math.e)
     dt_proj = F.pad(w.dt_proj.float(), (0, rank - w.dt_proj.shape[1]))
     return torch.cat([v.flatten() for v in (taps, more, A, dt_proj)])

@@ -94,8 +94,8 @@ __host__ __device__ constexpr int width_offset(int level) {
 }
 constexpr int RISING = width_offset(LEVELS - 1), CONDITION = width_offset(LEVELS) + RISING;
 constexpr int D = widest(), E = 2 * D, MIXED = 32 + 64;
-// A layer's small parameters, in floats from its start: per channel the four taps; bias of the convolution, bias of dt,
-// skip, 0; A log2(e); dt_proj.
+// A layer's small parameters, in floats from its start: per channel the four taps; bias of the convolution, 0, bias of dt,
+// skip; A log2(e); dt_proj.
 __host__ __device__ constexpr int table_floats(int level) { return 2 * WIDTH_OF[level] * (4 + 4 + 16 + RANK_OF[level]); }
 
 struct Parameters {
@@ -183,7 +183,7 @@ struct Ring {
   Shared& shared;
   u8* memory;
   const Parameters& p;
-  int slot, held;  // held: slots taken since the last barrier
+  int slot, held, due;  // held: slots taken since the last barrier; due: those before, not yet given back
   u32 parity;
 
   __device__ __forceinline__ const u8* take() {
@@ -197,9 +197,13 @@ struct Ring {
   // The end of a phase: all threads that compute have read what was taken, and what they wrote can be read.
   __device__ __forceinline__ void sync() {
     team_sync(THREADS);
-    const int i = fresh_thread();
-    if (i < held) barrier_arrive(&shared.empty[slot - 1 - i + (slot - 1 - i < 0 ? SLOTS : 0)]);
-    held = 0;
+    due += held, held = 0;
+  }
+  // Not in `sync`: first come the loads that a phase begins with.
+  __device__ __forceinline__ void give_back() {
+    const int i = fresh_thread(), which = slot - held - 1 - i;
+    if (i < due) barrier_arrive(&shared.empty[which + (which < 0 ? SLOTS : 0)]);
+    due = 0;
   }
 };
 
@@ -234,7 +238,7 @@ template <int OUT, int K> struct Weights {
 template <int OUT, int K> struct Sums {
   typedef Shape<OUT, K> S;
   float of[STREAMS][S::EACH];
-  float squares[STREAMS];  // of all inputs, where asked for
+  float squares[STREAMS];  // of all inputs, where asked for, and an epsilon for each
 
   template <bool SQUARES, int UNITS>
   __device__ __forceinline__ void add(const uint4 (&w)[UNITS], const float4 (&x)[STREAMS][UNITS / S::EACH][2]) {
@@ -292,13 +296,18 @@ __device__ __forceinline__ Sums<OUT, K> product(Ring& ring, const Weights<OUT, K
   const int thread = fresh_thread(), lane = thread & 31;
   const bool works = S::USED == WARPS || thread < 32 * S::USED;
   Sums<OUT, K> sums = {};
+  if (SQUARES)
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++) sums.squares[s] = ring.p.epsilon * (K / S::LANES);
   float4 inputs[STREAMS][S::AHEAD / S::EACH][2];
   read_inputs<OUT, K>(inputs, x, 0, lane);
+  ring.give_back();
   if (S::UNITS == S::AHEAD) meanwhile();
   if (works) sums.template add<SQUARES>(weights.first, inputs);
   if constexpr (S::UNITS > S::AHEAD) {
+#pragma unroll 1
     for (int unit = S::AHEAD; unit < S::UNITS; unit += S::TURN) {
-      if (S::UNITS / S::CHUNK > REFILL && ring.held + S::TURN / S::CHUNK > REFILL) ring.sync();
+      if (S::UNITS / S::CHUNK > REFILL && ring.held + S::TURN / S::CHUNK > REFILL) ring.sync(), ring.give_back();
       uint4 w[S::TURN];
       float4 more[STREAMS][S::TURN / S::EACH][2];
       Weights<OUT, K>::take_some(ring, w);
@@ -328,11 +337,13 @@ template <int LEVEL> struct Held {
   static constexpr int PASSES = parts(4 * C, THREADS);
   static constexpr bool FULL_UP = 4 * C % THREADS == 0;
   static constexpr int EACH = Shape<2 * C, C / 2>::EACH;
-  static constexpr bool AHEAD = PASSES * (1 + STREAMS) <= 6;
+  static constexpr bool AHEAD = PASSES * (1 + STREAMS) < 6;
   float4 tap[EACH], window[STREAMS][EACH];  // of the channels whose convolution is this lane's, see for_rows
   float bias[EACH];
   float4 a[PASSES], h[STREAMS][PASSES];  // of four states of channel (i THREADS + thread) / 4
-  float w[PASSES][R / 4], dt_bias[PASSES], skip[PASSES];
+  static constexpr int SHARE = R > 4 ? R / 4 : R;  // of a channel's rank: a lane's, or all where that is little
+  float w[PASSES][SHARE];
+  float2 bias_skip[PASSES];
 
   __device__ __forceinline__ void take_taps(const float* table, const float4* conv) {
 #pragma unroll
@@ -356,9 +367,18 @@ template <int LEVEL> struct Held {
     for (int i = 0; i < PASSES; i++) {
       const int unit = i * THREADS + thread, c = unit / 4, q = unit % 4;
       if (!FULL_UP && c >= C) continue;
-      a[i] = A[unit], dt_bias[i] = more[c].y, skip[i] = more[c].z;
+      a[i] = A[unit], bias_skip[i] = ((const float2*)(more + c))[1];
+      const float* const from = dt_proj + c * R + q * SHARE % R;
+      if constexpr (SHARE % 4 == 0) {
 #pragma unroll
-      for (int r = 0; r < R / 4; r++) w[i][r] = dt_proj[c * R + q * (R / 4) + r];
+        for (int r = 0; r < SHARE; r += 4) {
+          const float4 v = *(const float4*)(from + r);
+          w[i][r] = v.x, w[i][r + 1] = v.y, w[i][r + 2] = v.z, w[i][r + 3] = v.w;
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < SHARE; r++) w[i][r] = from[r];
+      }
 #pragma unroll
       for (int s = 0; s < STREAMS; s++) h[s][i] = ((const float4*)ssm)[s * 4 * C + unit];
     }
@@ -379,11 +399,6 @@ template <int LEVEL> __device__ __forceinline__ float before_layer(Shared& share
   return v;
 }
 
-// 1 / sqrt(mean square + epsilon)
-template <int WIDTH> __device__ __forceinline__ float inverse_norm(const Parameters& p, float squares) {
-  return rsqrt_of(fmaf(squares, 1.f / WIDTH, p.epsilon));
-}
-
 // Layer n: residual += mixer(norm(residual)) (+ its skip), for all streams; `slot` is the frame's in the pool, `ssm` and `conv`
 // are the layer's, of the block's first stream. What the next layer needs is asked for as soon as `held` and `in` are free.
 template <int LEVEL>
@@ -397,6 +412,7 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
   const int thread = fresh_thread(), q = thread & 3;
   const bool adds = DOWN > 0 ? n >= DOWN : n == LAYERS - 1, last = n == LAYERS - 1;
   const int which = DOWN > 0 ? LAYERS - 1 - n : 0;
+  const int ahead = last ? 0 : 1;  // layers: the last asks for its own again, which is simpler than for nothing
   Weights<M, C> mix;
   Weights<W, C> out;
 
@@ -407,7 +423,7 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
   for_rows<2 * C, W>([&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
-      const float x = inverse_norm<W>(p, in_sums.squares[s]) * in_sums.of[s][i];
+      const float x = rsqrt_of(in_sums.squares[s] * (1.f / W)) * in_sums.of[s][i];
       if (row >= C) {
         shared.gate[s][row - C] = x * sigmoid(x);
         continue;
@@ -419,7 +435,10 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
     }
   });
   ring.sync();
-  const auto mix_sums = product<false>(ring, mix, shared.convolved, [&] { out.take(ring); });
+  const auto mix_sums = product<false>(ring, mix, shared.convolved, [&] {
+    out.take(ring);
+    if (H::AHEAD) held.take_taps(table + ahead * table_floats(LEVEL), conv + (i64)ahead * p.streams * C);
+  });
   for_rows<M, C>([&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) shared.mixed[s][row] = mix_sums.of[s][i];
@@ -434,8 +453,8 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
       const bool mine = H::FULL_UP || c < C;  // all lanes take part in the sums
       float dt = 0.f;
 #pragma unroll
-      for (int r = 0; r < R / 4; r++) dt = mine ? fmaf(held.w[i][r], shared.mixed[s][q * (R / 4) + r], dt) : 0.f;
-      dt = softplus(over_quad(dt) + (mine ? held.dt_bias[i] : 0.f));
+      for (int r = 0; r < H::SHARE; r++) dt = mine ? fmaf(held.w[i][r], shared.mixed[s][q * H::SHARE % R + r], dt) : 0.f;
+      dt = softplus((H::SHARE < R ? over_quad(dt) : dt) + (mine ? held.bias_skip[i].x : 0.f));
       const float x = mine ? shared.convolved[s][c] : 0.f, u = dt * x;
       float4 state = mine ? held.h[s][i] : make_float4(0.f, 0.f, 0.f, 0.f);
       const float4 rate = mine ? held.a[i] : make_float4(0.f, 0.f, 0.f, 0.f);
@@ -446,26 +465,25 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
       const float read = over_quad(dot(state, Cs));
       if (mine) {
         ((float4*)ssm)[s * 4 * C + unit] = state;
-        if (q == 0) shared.y[s][c] = fmaf(held.skip[i], x, read) * shared.gate[s][c];
+        if (q == 0) shared.y[s][c] = fmaf(held.bias_skip[i].y, x, read) * shared.gate[s][c];
       }
     }
   }
-  if (H::AHEAD && !last) {
-    const float* const after = table + table_floats(LEVEL);
-    held.take_taps(after, conv + (i64)p.streams * C);
-    held.take_states(after, ssm + (i64)p.streams * C * 16);
-  }
   ring.sync();
+  float old[STREAMS][Shape<W, C>::EACH] = {};
   const auto out_sums = product<false>(ring, out, shared.y, [&] {
-    if (!last) in.take(ring);
+    for_rows<W, C>([&](int i, int row) {
+#pragma unroll
+      for (int s = 0; s < STREAMS; s++) old[s][i] = shared.residual[s][row] + (adds ? shared.skips[s][which * W + row] : 0.f);
+    });
+    if (H::AHEAD) held.take_states(table + ahead * table_floats(LEVEL), ssm + (i64)ahead * p.streams * C * 16);
+    if (last) in = {};  // set in any case: else the old ones would stay in registers
+    else in.take(ring);
   });
   for_rows<W, C>([&](int i, int row) {
 #pragma unroll
-    for (int s = 0; s < STREAMS; s++) {
-      const float v = shared.residual[s][row] + out_sums.of[s][i];
-      const float whole = adds ? v + shared.skips[s][which * W + row] : v;
-      shared.residual[s][row] = before_layer<LEVEL>(shared, n + 1, slot, s, row, whole);
-    }
+    for (int s = 0; s < STREAMS; s++)
+      shared.residual[s][row] = before_layer<LEVEL>(shared, n + 1, slot, s, row, old[s][i] + out_sums.of[s][i]);
   });
   ring.sync();
 }
@@ -549,7 +567,7 @@ __device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int fi
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
       if (LEVEL > 0) shared.queue[s][frame_offset(ABOVE) + row] = sums.of[s][i] + bias[row];
-      else shared.logits[s][row] = fmaf(inverse_norm<W>(p, sums.squares[s]), sums.of[s][i], bias[row]);
+      else shared.logits[s][row] = fmaf(rsqrt_of(sums.squares[s] * (1.f / W)), sums.of[s][i], bias[row]);
     }
   });
   ring.sync();
@@ -598,7 +616,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
   for (int i = thread; i < VOCAB; i += THREADS) shared.bias[i] = p.bias[i];
   if (thread < STREAMS) shared.seed[thread] = p.seeds[first + thread];
   team_sync(THREADS);
-  Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, 0};
+  Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, 0, 0};
   for (int step = 0; step < p.steps; step++) {
     const u64 place = p.position + step;
     run_levels<0>(ring, step, place, depth_at(place), first, p.tables, p.pool_bias, p.ssm, p.conv);
