@@ -2,7 +2,8 @@
 
     python -m benchmarks.build_digits prepare --data speech_index.csv          # needs the audio; a minute on a CPU
     python -m benchmarks.build_digits train --minutes 9 [--export DIR]         # again and again, until it says done
-    python -m benchmarks.build_digits finish [--judge digit-judge] [--export DIR]
+    python -m benchmarks.build_digits listen MODEL [--guidance 1 2 3]          # does it heed what is asked?
+    python -m benchmarks.build_digits finish [--last] [--judge digit-judge] [--export DIR]
 
 Everything lies in runs/digits (--work): `prepared/` may be carried to a machine that has not the audio. Training is in
 two phases, each a run of `pretrain-audio --recipe digits` with a clock of its own:
@@ -13,10 +14,12 @@ two phases, each a run of `pretrain-audio --recipe digits` with a clock of its o
 `train` goes on where it stopped, trains for at most --minutes and saves; the learning rate follows the phase's own
 clock, not the parts. With --export the best model of the phase at hand, its report and its log (six files) are copied
 there; a checkpoint with its optimiser stays in runs/digits. On a new machine `train --from-export DIR/spoken` begins
-the phase `real` with the exported weights.
+the phase `real` with the exported weights; `--begin MODEL` gives weights to the first phase, of a model without classes
+too.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -45,10 +48,11 @@ from mambagen.models.builtin import WEIGHTS_HOME
 from mambagen.models.files import write_folder_atomically
 from mambagen.models.saving import CARD, model_card, model_writers, save_model
 from mambagen.pipelines.audio_language_model import BITS
-from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig
+from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig, MadeClip
 from mambagen.pipelines.pretrain_audio import pretrain_audio, resume_pretrain_audio, with_recipe
 from mambagen.pipelines.sc09_generation import Generator
-from mambagen.training.checkpoint import list_checkpoints
+from mambagen.pipelines.sc09_judge import DigitJudge
+from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
 from mambagen.training.loop import choose_device
 from mambagen.training.progress import Progress
 from mambagen.training.run_folder import read_metrics
@@ -81,10 +85,22 @@ def main() -> None:
     second.add_argument("--real-minutes", type=float, default=10.0)
     second.add_argument("--device", default="auto")
     second.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the configuration, as JSON")
+    second.add_argument("--begin", help="a model folder whose weights the first phase begins with")
     second.add_argument("--from-export", type=Path, help="begin the phase `real` with this model folder")
     second.add_argument("--export", type=Path)
     second.set_defaults(run=train)
+    heed = parts.add_parser("listen")
+    heed.add_argument("model", type=Path)
+    heed.add_argument("--judge", nargs="+", default=["digit-judge"])
+    heed.add_argument("--clips", type=int, default=300)
+    heed.add_argument("--temperature", type=float, nargs="+", default=[1.0])
+    heed.add_argument("--top-p", type=float, nargs="+", default=[1.0])
+    heed.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    heed.add_argument("--seed", type=int, default=0)
+    heed.add_argument("--device", default="auto")
+    heed.set_defaults(run=listen)
     third = parts.add_parser("finish")
+    third.add_argument("--last", action="store_true", help="the weights of the end, not those of the best look")
     third.add_argument("--judge", help="a digit classifier's folder or name, which tells what it hears")
     third.add_argument("--clips", type=int, default=500, help="to be judged, all digits alike")
     third.add_argument("--temperature", type=float, default=1.0)
@@ -225,6 +241,8 @@ def train_phases(arguments: argparse.Namespace, settings: dict[str, Any]) -> Non
                 else:
                     weights = arguments.from_export or arguments.work / "spoken" / "best"
                     begin = {"start_from": str(weights)} if phase == "real" and weights.is_dir() else {}
+                    if not begin and arguments.begin:
+                        begin = {"start_from": arguments.begin}
                     config = with_recipe(None, {"recipe": "digits", **begin, **given})
                     result = pretrain_audio(config, run, progress)
         except InterruptedRun as interrupted:
@@ -262,7 +280,10 @@ def finish(arguments: argparse.Namespace) -> None:
     )
     if run is None:
         sys.exit(f"{arguments.work}: holds no trained model; train first")
-    model, fields = load_model(run / "best")
+    place = run / "best"
+    if arguments.last:
+        place = newest_checkpoint(run / "checkpoints").path
+    model, fields = load_model(place)
     with torch.no_grad():  # what is measured is what is written: weights as bfloat16 holds them
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -282,7 +303,7 @@ def finish(arguments: argparse.Namespace) -> None:
         data=data_words(shards),
         licence="Weights: CC BY-SA 4.0, as the Free Spoken Digit Dataset asks of what is made from it. Named are the "
         "sources above.",
-        recipe=f"{recipe_words(arguments.work)} {arguments.note}".strip(),
+        recipe=f"{recipe_words(arguments.work, arguments.last)} {arguments.note}".strip(),
         quality=quality_words(figures, arguments),
     ).replace('"path/to/this/folder"', '"digits"')
     files = model_writers(model.bfloat16(), fields["quantiser"], card)
@@ -291,6 +312,41 @@ def finish(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {size:,} bytes of weights")
     if arguments.export:
         shutil.copytree(arguments.out, arguments.export / "digits", dirs_exist_ok=True)
+
+
+def listen(arguments: argparse.Namespace) -> None:
+    """Print what the model makes of classes: how likely it finds held-out clips, and what is heard in its own."""
+    shards = AudioShards(arguments.work / "prepared" / "real")
+    print(json.dumps(class_figures(arguments.model, shards, arguments.device, arguments.clips)), flush=True)
+    voice = AudioVoice(arguments.model, arguments.device)
+    judges = {name: DigitJudge(name, arguments.device) for name in arguments.judge}
+    for temperature, top_p, guidance in itertools.product(arguments.temperature, arguments.top_p, arguments.guidance):
+        config = GenerateAudioConfig(
+            count=arguments.clips, classes=DIGITS, temperature=temperature, top_p=top_p, guidance=guidance,
+            seed=arguments.seed,
+        )  # fmt: skip
+        clips = make(voice, config)
+        heard = {name: heard_as(judge, clips)["heard as asked"] for name, judge in judges.items()}
+        print(
+            f"temperature {temperature:g}, top-p {top_p:g}, guidance {guidance:g}: heard as asked {heard}", flush=True
+        )
+
+
+def class_figures(folder: Path, shards: AudioShards, device: str, at_most: int) -> dict[str, float]:
+    """Of held-out clips: nats a clip that the own class gains over another, how often it is the likeliest of all."""
+    generator = Generator(folder, choose_device(device))
+    clips = shards["valid"]
+    chosen = np.unique(np.linspace(0, len(clips) - 1, min(at_most, len(clips))).astype(int))
+    right, gain = 0, 0.0
+    for row in chosen:
+        tokens = clips.clip(int(row))
+        own = DIGITS.index(shards.labels[clips.label[row]])
+        each = generator.log_likelihoods(
+            np.tile(tokens, (len(DIGITS), 1)), np.full(len(DIGITS), len(tokens)), np.arange(len(DIGITS))
+        )
+        right += int(each.argmax() == own)
+        gain += float(each[own] - np.delete(each, own).mean())
+    return {"clips": len(chosen), "own class is the likeliest": right / len(chosen), "nats a clip": gain / len(chosen)}
 
 
 def held_out_figures(folder: Path, shards: AudioShards, device: str) -> dict[str, float]:
@@ -310,10 +366,7 @@ def held_out_figures(folder: Path, shards: AudioShards, device: str) -> dict[str
 
 
 def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """How many of the asked digits an independent classifier hears; without classes, how sure it is of any digit."""
-    from mambagen.pipelines.sc09_judge import DigitJudge
-
-    judge = DigitJudge(arguments.judge, arguments.device)
+    """What an independent classifier hears in clips of the model, and how many the guard took back."""
     voice = AudioVoice(folder, arguments.device)
     config = GenerateAudioConfig(
         count=arguments.clips,
@@ -322,20 +375,32 @@ def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         top_p=arguments.top_p,
         guidance=arguments.guidance,
     )
+    made = make(voice, config)
+    again = sum(clip.takes > 1 for clip in made)
+    found = heard_as(DigitJudge(arguments.judge, arguments.device), made)
+    return {"judged clips": len(made), **found, "taken back by the guard": again}
+
+
+def make(voice: AudioVoice, config: GenerateAudioConfig) -> list[MadeClip]:
+    """The clips, and a line on the time they took."""
     began = time.monotonic()
     with Progress() as progress:
         made = list(voice.clips(config, progress.state))
     print(f"{len(made)} clips in {time.monotonic() - began:.1f} s", flush=True)
+    return made
+
+
+def heard_as(judge: DigitJudge, made: list[MadeClip]) -> dict[str, float]:
+    """How many of the asked digits are heard; without classes, how sure the judge is of any digit."""
     judgement = judge.judge(np.stack([clip.samples.astype(np.float32) / 32768 for clip in made]))
-    heard, again = judgement.heard, sum(clip.takes > 1 for clip in made)
-    if not voice.quantiser.classes:
+    heard = judgement.heard
+    if not made[0].label:
         shares = np.bincount(heard, minlength=len(DIGITS)) / len(heard)
         sure = float((judgement.log_p.max(1) >= np.log(SURE)).mean())
-        rarest = float(shares.min())
-        return {"judged clips": len(made), "sure": sure, "rarest": rarest, "taken back by the guard": again}
+        return {"sure": sure, "rarest": float(shares.min())}
     right = np.array([judge.digits[int(h)] == clip.label for h, clip in zip(heard, made, strict=True)])
     each = {digit: float(right[[clip.label == digit for clip in made]].mean()) for digit in DIGITS}
-    return {"judged clips": len(made), "heard as asked": float(right.mean()), **each, "taken back by the guard": again}
+    return {"heard as asked": float(right.mean()), **each}
 
 
 def data_words(shards: AudioShards) -> str:
@@ -349,16 +414,17 @@ def data_words(shards: AudioShards) -> str:
     )
 
 
-def recipe_words(work: Path) -> str:
+def recipe_words(work: Path, last: bool) -> str:
     lines = ["`python -m benchmarks.build_digits`, two phases of `mambagen pretrain-audio --recipe digits`:"]
     for phase in PHASES:
         rows = [row for row in read_metrics(work / phase / "metrics.jsonl") if "tokens" in row]
         if rows:
-            last = rows[-1]
+            end = rows[-1]
             lines.append(
-                f"{phase}: {last['step']:,} steps, {last['tokens']:,} samples in {last['seconds'] / 60:.1f} minutes;"
+                f"{phase}: {end['step']:,} steps, {end['tokens']:,} samples in {end['seconds'] / 60:.1f} minutes;"
             )
-    return " ".join(lines).rstrip(";") + ". The model is the best of the looks at held-out clips."
+    which = "that of the end" if last else "the best of the looks at held-out clips"
+    return " ".join(lines).rstrip(";") + f". The model is {which}."
 
 
 def quality_words(figures: dict[str, Any], arguments: argparse.Namespace) -> str:

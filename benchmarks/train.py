@@ -2,6 +2,7 @@
 
     python -m benchmarks.train [--out train.json] [--figure linear.png] [--layers 12] [--d-model 256]
     python -m benchmarks.train --audio [--out train.json]     # the audio U-Net of 6.26M, and SaShiMi
+    python -m benchmarks.train --profile [--audio]            # one of our train steps, kernel by kernel
 
 A step is forward, cross entropy, backward and fused AdamW under bfloat16 autocast; "graph": forward and backward are
 recorded as a CUDA graph, as the training loop does where launching kernels is what takes the time. Where mamba_ssm is
@@ -59,8 +60,34 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def measure(name: str, model: nn.Module, batch: int, length: int, graph: bool = False) -> dict[str, Any]:
     """Tokens a second and gigabytes for one model and shape."""
+    tokens = draw_tokens(batch, length)
+    step = train_step(model, tokens, graph)
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            logits_of(model, tokens)
+
+    if graph:
+        forward = recorded(forward)
+    row: dict[str, Any] = {"model": name, "graph": "yes" if graph else "no", "batch": batch, "length": length}
+    for part, run in (("train", step), ("forward", forward)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            row |= _rate(part, run, batch * length, graph)
+        except torch.cuda.OutOfMemoryError:
+            row |= {f"{part} Mtok/s": None, f"{part} GB": None}
+    return row
+
+
+def draw_tokens(batch: int, length: int) -> Tensor:
+    """The same tokens every time."""
     torch.manual_seed(0)
-    tokens = torch.randint(7, 11, (batch, length), device="cuda")
+    return torch.randint(7, 11, (batch, length), device="cuda")
+
+
+def train_step(model: nn.Module, tokens: Tensor, graph: bool = False) -> Callable[[], None]:
+    """Forward, cross entropy, backward and optimiser; with `graph` all but the last are one launch."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def loss_of(piece: dict[str, Tensor]) -> Tensor:
@@ -79,21 +106,7 @@ def measure(name: str, model: nn.Module, batch: int, length: int, graph: bool = 
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    def forward() -> None:
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            logits_of(model, tokens)
-
-    if graph:
-        forward = recorded(forward)
-    row: dict[str, Any] = {"model": name, "graph": "yes" if graph else "no", "batch": batch, "length": length}
-    for part, run in (("train", step), ("forward", forward)):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            row |= _rate(part, run, batch * length, graph)
-        except torch.cuda.OutOfMemoryError:
-            row |= {f"{part} Mtok/s": None, f"{part} GB": None}
-    return row
+    return step
 
 
 def recorded(run: Callable[[], None]) -> Callable[[], None]:
@@ -144,6 +157,33 @@ def draw_linear(rows: list[dict[str, Any]], path: str) -> None:
     print(f"drawn: {path}")
 
 
+def profile(model: nn.Module, batch: int, length: int, steps: int = 3) -> None:
+    """Print the kernels of a train step by the time they take."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    step = train_step(model, draw_tokens(batch, length))
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
+    total = sum(row.self_device_time_total for row in rows)
+    table = [
+        {
+            "kernel": row.key[:90],
+            "calls a step": row.count / steps,
+            "ms a step": row.self_device_time_total / steps / 1000,
+            "share": f"{row.self_device_time_total / total:.1%}",
+        }
+        for row in rows[:40]
+    ]
+    print_table(table, f"{batch} x {length}: {total / steps / 1000:.2f} ms of kernels a step")
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,6 +192,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--audio", action="store_true", help="the audio U-Net instead")
+    parser.add_argument("--profile", action="store_true", help="only print where the time of our train steps goes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.train: needs a GPU; see benchmarks.tokens for the CPU")
@@ -159,6 +200,10 @@ def main() -> None:
     language = [("mambagen", lambda: ours(options.layers, options.d_model))]
     language.append(("mamba_ssm", lambda: official(options.layers, options.d_model)))  # type: ignore[arg-type, return-value]
     sound = [("Mamba U-Net", lambda: audio("mamba")), ("SaShiMi", lambda: audio("s4+mlp"))]
+    if options.profile:
+        for batch, length in AUDIO_SHAPES if options.audio else SHAPES:
+            profile(audio("mamba") if options.audio else ours(options.layers, options.d_model), batch, length)
+        return
     for name, build in sound if options.audio else language:
         model = build()
         if model is None:

@@ -67,6 +67,10 @@ Examples:
     help="Of rows that lose their class in training, which is what guidance needs.  [default: 0.1]",
 )  # fmt: skip
 @click.option(
+    "--class-contrast", type=float, metavar="WEIGHT",
+    help="Of telling a clip's class from another, which teaches a model to heed it.  [default: 0]",
+)  # fmt: skip
+@click.option(
     "--quantiser", type=click.Choice(["mu-law", "linear", "min-max"]), help="Sound as 256 levels.  [default: mu-law]"
 )
 @click.option("--rate", type=int, metavar="HZ", help="Samples a second; files are resampled.  [default: 16000]")

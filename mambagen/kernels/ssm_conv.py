@@ -23,10 +23,12 @@ class System(NamedTuple):
     """Functions of one discretised system; states are (batch, channels, state) complex."""
 
     kernel: Callable[[int], Tensor]  # length -> (ssms, length)
-    convolve: Callable[[Tensor, bool], Tensor]  # x, reverse -> its convolution with the kernel
+    convolve: Callable[[Tensor, bool], Tensor]  # x, reverse -> its convolution with the kernel, and the skip
     outputs: Callable[[Tensor, int], Tensor]  # state, length -> (batch, length, channels): y where x is zero
     state_after: Callable[[Tensor], Tensor]  # x (batch, length, channels) -> the state after it, from zero
     remains: Callable[[Tensor, int], Tensor]  # state, length -> the state so many steps on, where x is zero
+    skip: Tensor | None = None  # (channels,) D, which adds D x to y
+    backend: str = "auto"  # of `long_conv`
 
 
 def run_as_convolution(
@@ -37,7 +39,7 @@ def run_as_convolution(
     reverse: bool = False,
     return_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y like x (without a skip) and the final state where it is asked for; arguments as in `s4d`."""
+    """y like x and the final state where it is asked for; arguments as in `s4d`."""
     length = x.shape[1]
     y = system.convolve(x, reverse) if resets is None else _by_documents(system, x, resets, reverse)
     if initial_state is None and not return_final_state:
@@ -47,7 +49,7 @@ def run_as_convolution(
         added = system.outputs(initial_state, length)
         if reverse:
             added = added.flip(1)
-        y = y + (added if into is None else added * into[..., None]).to(y.dtype)
+        y = (y + (added if into is None else added * into[..., None])).to(y.dtype)
     if not return_final_state:
         return y, None
     kept = x if out_of is None else x * out_of[..., None]
@@ -88,7 +90,8 @@ def _by_documents(system: System, x: Tensor, resets: Tensor, reverse: bool) -> T
             inside = steps < lengths[chosen, None]
             where = (starts[chosen, None] + steps)[inside]
             padded = x.new_zeros(*inside.shape, channels).masked_scatter(inside[..., None], rows[where])
-            y = y.index_put((where,), long_conv(padded, kernel[:, :width].contiguous(), reverse)[inside])
+            out = long_conv(padded, kernel[:, :width].contiguous(), reverse, system.skip, system.backend)
+            y = y.index_put((where,), out[inside])
         if upper >= longest:
             return y.view(batch, length, channels)
         upper *= 2

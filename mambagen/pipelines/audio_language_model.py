@@ -45,6 +45,7 @@ class AudioTask:
         pad: str = "ignore",
         augmentation: Augmentation | None = None,
         unconditional: float = 0.0,
+        class_contrast: float = 0.0,
         valid_samples: int = 1 << 22,
         rows_at_once: int | None = None,
         evaluated: Callable[[AudioUNet, bool], None] | None = None,
@@ -67,7 +68,8 @@ class AudioTask:
             TrainingWindows(train, length, count, seed + i, quantiser, pad, augmentation, classes, unconditional)
             for i, (length, count) in enumerate(zip(lengths, rows, strict=True))
         ]
-        self._steps = steps
+        self._contrast = class_contrast if quantiser.classes else 0.0
+        self._steps, self._seed = steps, seed
         self.tokens_per_step = round(sum(n * r for n, r in zip(lengths, rows, strict=True)) / len(lengths))
         longest, at_once = lengths[-1], rows_at_once or rows[-1]
         none = len(quantiser.classes)
@@ -89,6 +91,9 @@ class AudioTask:
         tensors = {"tokens": torch.from_numpy(windows.tokens), "counted": torch.from_numpy(windows.counted)}
         if self.quantiser.classes:
             tensors["classes"] = torch.from_numpy(windows.classes)
+            if self._contrast:
+                others = other_classes(self._seed, step, windows.classes, len(self.quantiser.classes))
+                tensors["others"] = torch.from_numpy(others)
         return Batch(tensors, int(windows.counted.sum()), windows.where)
 
     def stage(self, step: int) -> int:
@@ -98,8 +103,12 @@ class AudioTask:
         return min(step * len(self.windows) // self._steps, len(self.windows) - 1)
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Sum of the cross entropy in nats over the samples that count."""
-        return audio_loss(model, tensors["tokens"], tensors["counted"], tensors.get("classes"))
+        """Sum of the cross entropy in nats over the samples that count, and of `class_contrast`'s part."""
+        tokens, counted, classes = tensors["tokens"], tensors["counted"], tensors.get("classes")
+        if "others" not in tensors:
+            return audio_loss(model, tokens, counted, classes)
+        assert classes is not None
+        return contrasted_loss(model, tokens, counted, classes, tensors["others"], self._contrast)
 
     def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:
         """Mean loss in nats a sample and bits per byte over the held-out windows (a part of them if `quick`)."""
@@ -138,15 +147,55 @@ class AudioTask:
         return dict(model_writers(model, self.quantiser.model_dump(mode="json"), self.card.text(model, quality)))
 
 
+def other_classes(seed: int, step: int, classes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """For each row one of `count` classes that it does not have, any of them alike; -1 where it has none."""
+    if count < 2:
+        return np.full_like(classes, -1)
+    random = np.random.Generator(np.random.Philox(key=[seed, (3 << 62) + step]))
+    others = (classes + random.integers(1, count, len(classes))) % count
+    return np.where(classes < count, others, -1)
+
+
 def audio_loss(model: nn.Module, tokens: Tensor, counted: Tensor, classes: Tensor | None = None) -> Tensor:
     """Sum of the cross entropy in nats of tokens (batch, length), of which each row's first `counted` count.
 
     The model is fed the same one position later, with silence in front.
     """
+    return losses(model, tokens, counted, classes, "sum")
+
+
+def contrasted_loss(
+    model: nn.Module, tokens: Tensor, counted: Tensor, classes: Tensor, others: Tensor, weight: float
+) -> Tensor:
+    """`audio_loss` and, weighted, what it takes to tell each row's class from another one, in nats.
+
+    A class says at most log(classes) nats about a whole clip, so a likelihood alone hardly teaches a model to heed it.
+    The second part is -log of the probability that the model gives a clip's own class against one other by Bayes'
+    rule, both as likely before. It is taken of the first half of the rows, as each costs another pass.
+
+    Args:
+        others: (batch,) a class that the row does not have, -1 for rows that have none at all.
+    """
+    half = (len(tokens) + 1) // 2
+    rows = losses(
+        model,
+        torch.cat([tokens, tokens[:half]]),
+        torch.cat([counted, counted[:half]]),
+        torch.cat([classes, others[:half].clamp(min=0)]),
+        "none",
+    ).sum(1)
+    own, other = rows[: len(tokens)], rows[len(tokens) :]
+    told = F.softplus(own[:half] - other) * (others[:half] >= 0)
+    return own.sum() + weight * told.sum()
+
+
+def losses(model: nn.Module, tokens: Tensor, counted: Tensor, classes: Tensor | None, reduction: str) -> Tensor:
+    """Cross entropy in nats: a sum, or with "none" (batch, length)."""
     logits, _ = model(shifted(tokens), classes=classes)
     places = torch.arange(tokens.shape[1], device=tokens.device)
     targets = tokens.long().masked_fill(places >= counted[:, None], IGNORED)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    found = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    return found if reduction == "sum" else found.view(tokens.shape)
 
 
 def shifted(tokens: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ PUBLISHED_ROWS = {
 }  # fmt: skip
 SAMPLES_A_STEP = 1 << 20  # for other lengths from here on
 DEFAULT_ROWS = 16
+NEW_CLASSES = 0.1  # share of their usual size with which classes begin in a model that was trained without
 BEST = "best"  # the folder of a run that holds the model that did best on the way: small data are learnt by heart
 
 _PAPER: dict[str, Any] = {"lr": 2e-3, "steps": 200_000, "warmup": 0.1, "weight_decay": 0.1, "clip": 0.1}
@@ -81,7 +82,19 @@ RECIPES: dict[str, dict[str, Any]] = {
 # What a run cannot change when it goes on: it would be another model, or other data in another order.
 FIXED = (
     *("data", "d_model", "n_layer", "pool", "stages", "outer", "centre", "model", "conditional", "labels"),
-    *("quantiser", "rate", "lengths", "batch", "seed", "pad", "unconditional", "gain_db", "shift", "speed"),
+    *(
+        "quantiser",
+        "rate",
+        "lengths",
+        "batch",
+        "seed",
+        "pad",
+        "unconditional",
+        "class_contrast",
+        "gain_db",
+        "shift",
+        "speed",
+    ),
     *("valid_fraction", "start_from"),
 )
 
@@ -104,6 +117,9 @@ class PretrainAudioConfig(TrainConfig):
     conditional: bool = False  # on the clips' labels
     labels: tuple[str, ...] = ()  # only clips of these words (or folders)
     unconditional: float = Field(0.1, ge=0, lt=1)  # share of rows that lose their class, for guidance
+    class_contrast: float = Field(
+        0.0, ge=0, allow_inf_nan=False
+    )  # weight of telling classes apart; 0 is likelihood alone
     quantiser: Literal["mu-law", "linear", "min-max"] = "mu-law"
     rate: int = Field(16_000, ge=1000, le=192_000)
     pad: Literal["ignore", "silence"] = "ignore"
@@ -308,6 +324,12 @@ def new_model(config: PretrainAudioConfig, quantiser: Quantiser) -> AudioUNet:
     model = AudioUNet(architecture, seed=config.seed)
     if config.start_from is not None:
         given, fields = load_model(config.start_from, kinds=[AudioUNet.kind])
+        if given.config == architecture.model_copy(update={"classes": 0}):
+            assert model.class_embedding is not None
+            with torch.no_grad():  # small, as the rest has learnt to do without
+                model.class_embedding.weight.mul_(NEW_CLASSES)
+            model.load_state_dict(given.state_dict(), strict=False)
+            return model
         if given.config != architecture:
             raise ModelError(
                 f"{config.start_from}: holds another architecture ({given.config.description}, {given.config.classes} "
@@ -365,6 +387,7 @@ def _train_and_report(
         config.pad,
         Augmentation(gain_db=config.gain_db, shift=config.shift, speed=config.speed),
         config.unconditional,
+        config.class_contrast,
         config.valid_samples,
         max(1, rows[-1] // config.accumulate),
         samples.evaluated,

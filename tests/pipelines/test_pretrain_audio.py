@@ -1,6 +1,7 @@
 """Training on sound: from files to a checkpoint, on tones that are learnt in seconds."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from mambagen.data.quantise import SILENCE, MuLaw, load_quantiser
 from mambagen.data.spoken_words import DIGITS
 from mambagen.models import load_model
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig, BlockKind
-from mambagen.pipelines.audio_language_model import audio_loss, shifted
+from mambagen.pipelines.audio_language_model import audio_loss, contrasted_loss, other_classes, shifted
 from mambagen.pipelines.pretrain_audio import PUBLISHED_ROWS, RECIPES, PretrainAudioConfig, rows_of, with_recipe
 
 RATE = 16_000
@@ -132,6 +133,47 @@ def test_the_loss_does_not_see_what_is_past_a_clip_s_end() -> None:
     assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
     assert shifted(tokens)[:, 0].tolist() == [SILENCE, SILENCE]
     assert torch.equal(shifted(tokens)[:, 1:], tokens[:, :-1])
+
+
+def test_telling_classes_apart_is_bayes_rule_over_two_of_them() -> None:
+    torch.manual_seed(0)
+    model = AudioUNet(AudioUNetConfig(d_model=8, n_layer=1, pool=(2, 2), classes=3), seed=0)
+    tokens, counted = torch.randint(0, 256, (3, 40), dtype=torch.uint8), torch.tensor([40, 22, 40])
+    own, others = torch.tensor([0, 3, 2]), torch.tensor([2, -1, 1])
+
+    def nats(row: int, of: int) -> float:
+        return audio_loss(model, tokens[row : row + 1], counted[row : row + 1], torch.tensor([of])).item()
+
+    plain = sum(nats(row, int(of)) for row, of in enumerate(own))
+    assert contrasted_loss(model, tokens, counted, own, others, 0.0).item() == pytest.approx(plain, rel=1e-5)
+    # the first half of three rows are two, of which the second has no class; -log p(0 | clip) of classes 0 and 2
+    told = -math.log(1 / (1 + math.exp(nats(0, 0) - nats(0, 2))))
+    found = contrasted_loss(model, tokens, counted, own, others, 100.0).item()
+    assert found - plain == pytest.approx(100 * told, rel=1e-3)
+
+
+def test_a_model_without_classes_can_learn_them(run: Run, words: Path) -> None:
+    assert run("--data", words, "--out", "plain", "--steps", 2)[0] == 0
+    options = ("--data", words, "--conditional", "--steps", 2, "--class-contrast", 5, "--out", "run", "--json")
+    code, out, err = run(*options, "--from", "plain/best", "--lr", 1e-9)
+    assert (code, err) == (0, "")
+    model, _ = load_model(json.loads(out)["checkpoint"])
+    plain, _ = load_model("plain/best")
+    assert torch.allclose(model.lm_head.weight, plain.lm_head.weight, atol=1e-6)
+    assert model.class_embedding is not None
+    assert 0 < model.class_embedding.weight.std() < 0.15
+    others = [drawn_others(seed) for seed in (0, 0, 1)]
+    assert others[0] == others[1] != others[2]
+
+
+def drawn_others(seed: int) -> list[int]:
+    """The classes that a task sets against classes 0, 1, 2 and none, which have to be others."""
+    classes = np.array([0, 1, 2, 3] * 8)
+    drawn = other_classes(seed, 5, classes, 3)
+    assert (drawn[classes == 3] == -1).all()
+    assert (drawn[classes < 3] != classes[classes < 3]).all()
+    assert set(drawn[classes < 3].tolist()) == {0, 1, 2}
+    return drawn.tolist()
 
 
 def test_a_resumed_run_ends_with_the_same_weights(run: Run, words: Path) -> None:

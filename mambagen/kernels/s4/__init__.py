@@ -72,11 +72,9 @@ def s4(
         y = y.to(x.dtype)
         return (y, final) if return_final_state else y
     with torch.autocast(x.device.type, enabled=False):
-        system = _system(x, dt, Lambda, P, B, C, backend)
+        system = _system(x, dt, Lambda, P, B, C, D, backend)
         resets = None if resets is None else resets.bool()
         y, state = run_as_convolution(system, x, initial_state, resets, reverse, return_final_state)
-    if D is not None:
-        y = (y + D * x).to(x.dtype)
     return y if state is None else (y, state)
 
 
@@ -122,7 +120,9 @@ def _kernel(step: Step, length: int, dtype: torch.dtype) -> Tensor:
     return (coarse.to(dtype) @ fine.squeeze(-1).to(dtype)).flatten(1)[:, :length].contiguous()
 
 
-def _system(x: Tensor, dt: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, backend: str) -> System:
+def _system(
+    x: Tensor, dt: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, D: Tensor | None, backend: str
+) -> System:
     """The discretised system as functions; float32 unless x is float64."""
     step = bilinear_step(dt, Lambda, P, B, C)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -143,7 +143,7 @@ def _system(x: Tensor, dt: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, C: Tens
         return _kernel(step, length, dtype)
 
     def convolve(x: Tensor, reverse: bool) -> Tensor:
-        return long_conv(x, kernel(x.shape[1]), reverse)
+        return long_conv(x, kernel(x.shape[1]), reverse, D)
 
     def outputs(state: Tensor, length: int) -> Tensor:
         J = block_length(length)
@@ -171,4 +171,4 @@ def _system(x: Tensor, dt: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, C: Tens
     def remains(state: Tensor, length: int) -> Tensor:
         return complex(after(step.A, real(state), length), len(state))
 
-    return System(kernel, convolve, outputs, state_after, remains)
+    return System(kernel, convolve, outputs, state_after, remains, D)

@@ -55,7 +55,8 @@ def s4d(
         resets: (batch, length) bool: True where a packed document begins; nothing flows across.
         reverse: run from the last position to the first.
         return_final_state: also give the state after the last step that ran.
-        backend: of the kernel: "torch" (any device), "triton" (GPU), "auto"; or "reference", the recurrence itself.
+        backend: "torch" (any device), "triton" (GPU), "auto" (triton where that can run); or "reference", the
+            recurrence itself.
         convolution: "fft", or "blocks", matrix products that pay where a system serves many channels; "auto" chooses.
 
     Returns:
@@ -75,10 +76,8 @@ def s4d(
         raise ValueError(f"{op}: convolution is {convolution!r}; it must be one of {', '.join(CONVOLUTIONS)}")
     resets = None if resets is None else resets.bool()
     with torch.autocast(x.device.type, enabled=False):
-        system = _system(x, dt, A, C, discretisation, backend, convolution)
+        system = _system(x, dt, A, C, D, discretisation, backend, convolution)
         y, state = run_as_convolution(system, x, initial_state, resets, reverse, return_final_state)
-    if D is not None:
-        y = (y + D * x).to(x.dtype)
     return y if state is None else (y, state)
 
 
@@ -155,7 +154,16 @@ def _complex(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype in (torch.float64, torch.complex128) else torch.complex64
 
 
-def _system(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, discretisation: str, backend: str, convolution: str) -> System:
+def _system(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    discretisation: str,
+    backend: str,
+    convolution: str,
+) -> System:
     """The discretised system as functions; float32 unless x is float64."""
     z, b = discretise(dt, A, discretisation)
     dtype = _complex(x.dtype)
@@ -167,8 +175,9 @@ def _system(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, discretisation: str, ba
 
     def convolve(x: Tensor, reverse: bool) -> Tensor:
         if convolution == "blocks" or (convolution == "auto" and pays(x, ssms)):
-            return block_conv(x, (C * b).to(dtype), z, reverse, backend)
-        return long_conv(x, kernel(x.shape[1]), reverse)
+            y = block_conv(x, (C * b).to(dtype), z, reverse, backend)
+            return y if D is None else (y + D * x).to(x.dtype)
+        return long_conv(x, kernel(x.shape[1]), reverse, D, backend)
 
     def outputs(state: Tensor, length: int) -> Tensor:
         J = block_length(length)
@@ -196,4 +205,4 @@ def _system(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, discretisation: str, ba
         decay = torch.exp(z * length).to(dtype)[:, None]
         return (state.to(dtype).unflatten(1, (ssms, -1)) * decay).flatten(1, 2)
 
-    return System(kernel, convolve, outputs, state_after, remains)
+    return System(kernel, convolve, outputs, state_after, remains, D, backend)

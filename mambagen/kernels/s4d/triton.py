@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mambagen.kernels.launching import on_device_of
+from mambagen.kernels.triton_turns import half_turn
 
 ROWS, COLUMNS = 16, 64  # with twice the rows the backward spills
 STATES = 16  # at a time
 
 TURNS = tl.constexpr(0.15915494309189535)  # 1 / (2 pi)
-PI = tl.constexpr(3.141592653589793)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -82,14 +82,7 @@ def powers(re, im, t):
     """exp(t (re + i im)) in float32 for float64 re, im and t of one broadcast shape: real and imaginary part."""
     turns = im * t * TURNS
     turns -= tl.floor(turns + 0.5)
-    # Sine and cosine of half the angle, which is within a quarter turn, by their series: the functions of the libraries
-    # carry a reduction for large angles that nothing here needs.
-    y = turns.to(tl.float32) * PI
-    s = y * y
-    sine = 1 / 362880 + s * (-1 / 39916800 + s * (1 / 6227020800))
-    sine = y * (1.0 + s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s * sine))))
-    cosine = 1 / 40320 + s * (-1 / 3628800 + s * (1 / 479001600))
-    cosine = 1.0 + s * (-1 / 2 + s * (1 / 24 + s * (-1 / 720 + s * cosine)))
+    sine, cosine = half_turn(turns.to(tl.float32))  # of half the angle
     size = tl.exp2((re * t).to(tl.float32) * LOG2E)
     return size * (1.0 - 2.0 * sine * sine), size * (2.0 * sine * cosine)
 
