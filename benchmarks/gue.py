@@ -1,7 +1,7 @@
 """Fine-tuning on labelled DNA: a pretrained encoder, the same from scratch, and k-mers, task by task.
 
     python -m benchmarks.gue TASKS [--from MODEL] [--encoder bigs] [--size 3.5m] [--only gue_prom_core_all ...]
-        [--seeds 0] [--minutes 0.5] [--out gue.json]
+        [--seeds 0] [--minutes 0.5] [--equivariant] [--out gue.json]
 
 TASKS is a folder of NAME_train.csv.gz, NAME_dev.csv.gz (or _valid) and NAME_test.csv.gz. The figures are Matthews
 correlations on the test file, which is looked at once, by the model that was best on validation; the logistic
@@ -37,7 +37,7 @@ def one_run(args: argparse.Namespace, files: dict[str, str], start: str, seed: i
 
     settings: dict[str, Any] = {
         **files, "seed": seed, "batch": args.batch, "device": args.device, "baseline": baseline,
-        "reverse_complement": args.reverse_complement,
+        "reverse_complement": args.reverse_complement, "equivariant": args.equivariant,
         "save_every": "1000m", "minutes": args.minutes,
     }  # fmt: skip
     if start == "pretrained":
@@ -50,7 +50,7 @@ def one_run(args: argparse.Namespace, files: dict[str, str], start: str, seed: i
     row = {"parameters": result.parameters, "valid": result.valid.mcc, "test": result.test.mcc, "steps": result.steps}
     if result.baseline_test is not None:
         row["k-mers"] = result.baseline_test.mcc
-    return {**row, "seconds": result.seconds, "stopped early": result.stopped_early}
+    return {**row, "seconds": result.seconds, "equivariant": args.equivariant, "stopped early": result.stopped_early}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -80,7 +80,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr-pretrained", type=float, default=3e-4)
     parser.add_argument("--lr-scratch", type=float, default=1e-3)
-    parser.add_argument("--reverse-complement", action="store_true")
+    parser.add_argument("--reverse-complement", action="store_true", help="half of the sequences from the other strand")
+    parser.add_argument(
+        "--equivariant", action="store_true", help="both strands of each: what has no strand, as sites have"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

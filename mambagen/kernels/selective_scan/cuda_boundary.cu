@@ -3,8 +3,9 @@
 // ADJOINT 0: what a chunk leaves behind when it starts from zero, sum_s exp(A (dt summed after s)) dt_s x_s B_s.
 // ADJOINT 1: what a chunk hands back when nothing comes from behind, sum_s exp(A (dt summed up to s)) C_s dy_s.
 // The decay over any stretch is one exponential of the summed steps, so no recurrence is needed: the sums run away from
-// the border, and a state is left out as soon as its weight is below 2^-40 (float32 keeps 2^-24): a long chunk costs only
-// as much as its memory reaches. `combine` then chains the chunks.
+// the border, and a state is left out as soon as its weight is below 2^FADED: a long chunk costs only as much as its memory
+// reaches. What is left out has about that share of the sum, as steps that bring much in also let much fade. `combine` then
+// chains the chunks.
 struct Parameters {
   const T *x, *dt, *z, *dy, *BC;  // x for ADJOINT 0; dy and z for ADJOINT 1; BC is B or C
   const float *A, *bias;
@@ -19,7 +20,7 @@ struct Parameters {
 #define ROW_COPIES (CHANNELS * (int)sizeof(T) / 16)
 #define BC_COPIES (16 * (int)sizeof(T) / BC_VECTOR)
 #define TENSORS (ADJOINT ? 2 + HAS_Z : 2)
-#define FADED -40.f
+#define FADED (sizeof(T) == 4 ? -30.f : -24.f)  // float32 keeps 2^-24, bfloat16 2^-8
 
 struct __align__(16) Stage {
   T rows[TENSORS][TILE][CHANNELS];  // dt, then x or dy and z
