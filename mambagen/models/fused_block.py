@@ -8,12 +8,16 @@ layer keeps for its backward, in bytes a token for bfloat16 compute, d = d_model
     "input"   x alone: 2 d bfloat16 values; the rest is computed again           4d
 
 The convolution's output, dt and the normalised input are computed again in either case: they cost little.
+
+The rank of dt is padded with zeros to a multiple of 8, so that rows of what x_proj says, and B and C in them, lie on 16
+bytes: matrix products and the scan's loads are slow elsewhere, and a U-Net's outermost level has a rank of 4.
 """
 
 import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambagen.kernels.dispatch import backend_module, choose_backend
@@ -21,6 +25,7 @@ from mambagen.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from mambagen.models.mamba_mixer import MixerWeights
 
 KEEP = ("all", "input")
+ALIGNED = 8  # bfloat16 values in 16 bytes
 SHARE = 0.3  # of the GPU's memory that kept tensors may take before everything but the input is computed again
 
 
@@ -83,7 +88,7 @@ class _Inside:
     rstd: Tensor  # (rows,)
     xz: Tensor  # (batch, length, 2E)
     x: Tensor  # (batch, length, E): convolved
-    selected: Tensor  # (batch, length, R + 2N): low-rank dt, B, C
+    selected: Tensor  # (batch, length, R + 2N): low-rank dt, B, C; R is the padded rank
     dt: Tensor  # (batch, length, E)
     y: Tensor  # (batch, length, E): the scan's output, gated
     states: Tensor  # what the scan saved
@@ -95,7 +100,8 @@ def _project(v: Tensor, weight: Tensor) -> Tensor:
 
 def _until_scan(x: Tensor, resets: Tensor | None, o: _Options, xz: Tensor | None, *parameters: Tensor) -> _Inside:
     """Everything before the scan; xz is computed unless it is given."""
-    norm_weight, in_proj, conv_weight, conv_bias, x_proj, dt_proj, *_ = parameters
+    norm_weight, in_proj, conv_weight, conv_bias, *_ = parameters
+    x_proj, dt_proj = _padded(parameters)
     batch, length, d = x.shape
     rank = dt_proj.shape[1]
     v = _Inside()
@@ -108,6 +114,17 @@ def _until_scan(x: Tensor, resets: Tensor | None, o: _Options, xz: Tensor | None
     v.selected = _project(v.x, x_proj.to(o.dtype))
     v.dt = _project(v.selected[..., :rank], dt_proj.to(o.dtype))
     return v
+
+
+def _padded(parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """x_proj (R + 2N, E) and dt_proj (E, R) with zeros in the places of the ranks that there are not."""
+    x_proj, dt_proj = parameters[4:6]
+    rank = dt_proj.shape[1]
+    more = -rank % ALIGNED
+    if not more:
+        return x_proj, dt_proj
+    nothing = x_proj.new_zeros(more, x_proj.shape[1])
+    return torch.cat([x_proj[:rank], nothing, x_proj[rank:]]), F.pad(dt_proj, (0, more))
 
 
 def _run(
@@ -126,9 +143,8 @@ def _scan(v: _Inside, resets: Tensor | None, o: _Options, save: bool, *parameter
 
 
 def _scan_inputs(v: _Inside, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    dt_proj, dt_bias, A_log, D = parameters[5:9]
-    rank, N = dt_proj.shape[1], A_log.shape[1]
-    B, C = v.selected[..., rank : rank + N].unsqueeze(2), v.selected[..., rank + N :].unsqueeze(2)
+    dt_bias, A_log, D = parameters[6:9]
+    B, C = (part.unsqueeze(2) for part in v.selected[..., -2 * A_log.shape[1] :].chunk(2, -1))
     return v.x, v.dt, -torch.exp(A_log.float()), B, C, D.float(), v.xz.chunk(2, -1)[1], dt_bias.float()
 
 
@@ -165,9 +181,10 @@ class _Block(torch.autograd.Function):
         o: _Options = ctx.o
         x, resets, *rest = ctx.saved_tensors
         parameters, kept = tuple(rest[: ctx.count]), rest[ctx.count :]
-        norm_weight, in_proj, conv_weight, _, x_proj, dt_proj, _, A_log, _, out_proj = parameters
-        rank, N, width = dt_proj.shape[1], A_log.shape[1], conv_weight.shape[-1]
-        d = x.shape[-1]
+        norm_weight, in_proj, conv_weight, *_, out_proj = parameters
+        x_proj, dt_proj = _padded(parameters)
+        rank, width, d = dt_proj.shape[1], conv_weight.shape[-1], x.shape[-1]
+        own = parameters[5].shape[1]  # the rank without what pads it
 
         v = _until_scan(x, resets, o, kept[0] if kept else None, *parameters)
         if kept:
@@ -193,10 +210,12 @@ class _Block(torch.autograd.Function):
             dz_half.copy_(dz)
         del v.states, dy
 
-        d_dt_proj = _weight_gradient(ddt, v.selected[..., :rank])
+        d_dt_proj = _weight_gradient(ddt, v.selected[..., :rank])[:, :own]
         d_selected = torch.cat([_project(ddt, dt_proj.to(o.dtype).t()), dB.flatten(2), dC.flatten(2)], -1)
         d_x_proj = _weight_gradient(d_selected, v.x)
-        dx.view(-1, dx.shape[-1]).addmm_(d_selected.view(-1, rank + 2 * N), x_proj.to(o.dtype))
+        if own < rank:
+            d_x_proj = torch.cat([d_x_proj[:own], d_x_proj[rank:]])
+        dx.view(-1, dx.shape[-1]).addmm_(d_selected.flatten(0, 1), x_proj.to(o.dtype))
 
         conv = _convolution(v.xz, conv_weight, o)
         direct = {"dx_out": dx_half} if getattr(conv, "WRITES_INTO", False) else {}
