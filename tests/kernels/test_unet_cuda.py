@@ -154,3 +154,6 @@ def test_shapes_that_the_kernel_is_not_for_are_named():
     assert "16 states" in unsupported_shape(draw_weights("three pools"), 227 << 10)
     assert "multiples of 16" in unsupported_shape(draw_weights("wider than a panel"), 227 << 10)
     assert "shared memory" in unsupported_shape(draw_weights("wide"), 64 << 10)
+    weights = draw_weights()
+    levels = [weights.levels[0]._replace(pool=129), *weights.levels[1:]]
+    assert "2048 outputs" in unsupported_shape(weights._replace(levels=levels), 227 << 10)

@@ -3,9 +3,8 @@
 // A block serves STREAMS streams and runs everything: no block waits for another. The matrices of a level lie one after
 // another in the order of their use, and a warp of its own, the feeder, copies them into a ring of slots in shared memory,
 // as far ahead as the ring allows and across samples and levels, so that the second-level cache is read without a pause.
-// The barrier that ends a phase gives the slots that were read back to the feeder; long products have such barriers inside.
-// Everything is inlined: a call would keep the ring's place in local memory, and take from the compiler what it knows of
-// shared memory.
+// Each warp gives a slot back as soon as its lanes have their weights in registers. Everything is inlined: a call would keep
+// the ring's place in local memory, and take from the compiler what it knows of shared memory.
 //
 // A row of a product is summed by lanes of one warp, each with some of its inputs, and shuffles leave the sum with the lane
 // that goes on with it: a layer has four barriers and no partial sums in memory. A lane takes several rows, which share the
@@ -17,10 +16,6 @@
 // Macros: LEVELS; WIDTHS, RANKS, LAYERS_OF, DOWNS, POOLS (lists, one number a level; ranks in multiples of 4), VOCAB,
 // STREAMS, SLOTS, SLOT_BYTES, FIXED_BYTES (of Shared), WATCHDOG (see cluster.cuh).
 constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that compute; the feeder comes after them
-constexpr int REFILL = SLOTS / 2;                // slots that a product holds at most
-constexpr int MOST_AHEAD = 2;                    // slots read ahead for the next one
-static_assert(REFILL >= MOST_AHEAD && REFILL + MOST_AHEAD <= SLOTS, "a product and the next find room");
-static_assert(SLOTS <= THREADS, "a thread gives a slot back");
 constexpr int WIDTH_OF[] = {WIDTHS}, RANK_OF[] = {RANKS}, LAYER_COUNT[] = {LAYERS_OF}, DOWN_OF[] = {DOWNS};
 constexpr int POOL_OF[] = {POOLS};  // 1 at the centre
 
@@ -51,25 +46,19 @@ template <int OUT, int K> struct Shape {
   static constexpr int USED = parts(OUT, SPREAD * EACH);  // warps
   static constexpr bool FULL_UP = OUT == WARPS * SPREAD * EACH;
   static constexpr int UNITS = K / (8 * LANES) * EACH, UNIT_BYTES = USED * 32 * 16;
-  static constexpr int PAIR = UNITS % 2 == 0 && 2 * UNIT_BYTES <= SLOT_BYTES;
+  static constexpr bool PAIR = UNITS % 2 == 0 && 2 * UNIT_BYTES <= SLOT_BYTES;
   static constexpr int CHUNK = UNITS % 4 == 0 && 4 * UNIT_BYTES <= SLOT_BYTES ? 4 : PAIR ? 2 : 1;  // units of a slot
-  static constexpr int TURN = most(CHUNK, EACH);                                                   // whole slots and steps
-  static constexpr int AHEAD = least(UNITS, CHUNK == 1 ? 2 : most(4, TURN));  // units read before the barrier
-  static constexpr int KEPT = least(LANES, EACH);                             // rows whose sums go to different lanes
-  static constexpr int MINE = EACH / KEPT;                                    // sums that a lane ends with
+  static constexpr int TURN = most(CHUNK, EACH);   // units of whole slots and whole steps
+  static constexpr int AHEAD = least(UNITS, 4);    // units that are read before the inputs are there
+  static constexpr int KEPT = least(LANES, EACH);  // rows whose sums end in different lanes
   static_assert(K % 8 == 0 && EACH <= 4 && UNIT_BYTES <= SLOT_BYTES, "see unsupported_shape in cuda.py");
-  static_assert(AHEAD % TURN == 0 && AHEAD <= MOST_AHEAD * CHUNK && TURN <= MOST_AHEAD * CHUNK, "");
+  static_assert(AHEAD % TURN == 0, "both are powers of two or all");
 };
 
 constexpr int widest() {
   int most_of = 0;
   for (int i = 0; i < LEVELS; i++) most_of = most(most_of, WIDTH_OF[i]);
   return most_of;
-}
-constexpr int largest_pool() {
-  int found = 1;
-  for (int i = 0; i < LEVELS; i++) found = most(found, POOL_OF[i] * WIDTH_OF[i]);
-  return found;
 }
 constexpr int most_skips() {
   int found = 1;
@@ -94,6 +83,7 @@ __host__ __device__ constexpr int width_offset(int level) {
 }
 constexpr int RISING = width_offset(LEVELS - 1), CONDITION = width_offset(LEVELS) + RISING;
 constexpr int D = widest(), E = 2 * D, MIXED = 32 + 64;
+
 // A layer's small parameters, in floats from its start: per channel the four taps; bias of the convolution, 0, bias of dt,
 // skip; A log2(e); dt_proj.
 __host__ __device__ constexpr int table_floats(int level) { return 2 * WIDTH_OF[level] * (4 + 4 + 16 + RANK_OF[level]); }
@@ -183,27 +173,19 @@ struct Ring {
   Shared& shared;
   u8* memory;
   const Parameters& p;
-  int slot, held, due;  // held: slots taken since the last barrier; due: those before, not yet given back
+  int slot;
   u32 parity;
+  int thread;  // this one's number, taken afresh where what was computed of it shall not be kept in registers
 
   __device__ __forceinline__ const u8* take() {
     wait_for(&shared.full[slot], parity);
     return memory + slot * SLOT_BYTES;
   }
-  __device__ __forceinline__ void next() {
-    held++;
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
-  }
-  // The end of a phase: all threads that compute have read what was taken, and what they wrote can be read.
-  __device__ __forceinline__ void sync() {
-    team_sync(THREADS);
-    due += held, held = 0;
-  }
-  // Not in `sync`: first come the loads that a phase begins with.
+  // The warp has read what it took.
   __device__ __forceinline__ void give_back() {
-    const int i = fresh_thread(), which = slot - held - 1 - i;
-    if (i < due) barrier_arrive(&shared.empty[which + (which < 0 ? SLOTS : 0)]);
-    due = 0;
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(&shared.empty[slot]);
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
 };
 
@@ -223,13 +205,13 @@ template <int OUT, int K> struct Weights {
   __device__ __forceinline__ void take(Ring& ring) { take_some(ring, first); }
 
   template <int UNITS> __device__ __forceinline__ static void take_some(Ring& ring, uint4 (&w)[UNITS]) {
-    const int thread = S::USED == WARPS ? fresh_thread() : least(fresh_thread(), 32 * S::USED - 1);
+    const int thread = S::USED == WARPS ? ring.thread : least(ring.thread, 32 * S::USED - 1);
 #pragma unroll
     for (int i = 0; i < UNITS; i += S::CHUNK) {
       const u8* const chunk = ring.take();
 #pragma unroll
       for (int j = 0; j < S::CHUNK; j++) w[i + j] = *(const uint4*)(chunk + j * S::UNIT_BYTES + thread * 16);
-      ring.next();
+      ring.give_back();
     }
   }
 };
@@ -293,21 +275,19 @@ __device__ __forceinline__ void read_inputs(float4 (&to)[STREAMS][STEPS][2], con
 template <bool SQUARES, int OUT, int K, int ROW, typename F>
 __device__ __forceinline__ Sums<OUT, K> product(Ring& ring, const Weights<OUT, K>& weights, const float (*x)[ROW], F meanwhile) {
   typedef Shape<OUT, K> S;
-  const int thread = fresh_thread(), lane = thread & 31;
-  const bool works = S::USED == WARPS || thread < 32 * S::USED;
+  const int lane = ring.thread & 31;
+  const bool works = S::USED == WARPS || ring.thread < 32 * S::USED;
   Sums<OUT, K> sums = {};
   if (SQUARES)
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) sums.squares[s] = ring.p.epsilon * (K / S::LANES);
   float4 inputs[STREAMS][S::AHEAD / S::EACH][2];
   read_inputs<OUT, K>(inputs, x, 0, lane);
-  ring.give_back();
   if (S::UNITS == S::AHEAD) meanwhile();
   if (works) sums.template add<SQUARES>(weights.first, inputs);
   if constexpr (S::UNITS > S::AHEAD) {
 #pragma unroll 1
     for (int unit = S::AHEAD; unit < S::UNITS; unit += S::TURN) {
-      if (S::UNITS / S::CHUNK > REFILL && ring.held + S::TURN / S::CHUNK > REFILL) ring.sync(), ring.give_back();
       uint4 w[S::TURN];
       float4 more[STREAMS][S::TURN / S::EACH][2];
       Weights<OUT, K>::take_some(ring, w);
@@ -321,9 +301,9 @@ __device__ __forceinline__ Sums<OUT, K> product(Ring& ring, const Weights<OUT, K
 }
 
 // Calls what(i, row) for the rows whose sums are of[stream][i] in this lane.
-template <int OUT, int K, typename F> __device__ __forceinline__ void for_rows(F what) {
+template <int OUT, int K, typename F> __device__ __forceinline__ void for_rows(int thread, F what) {
   typedef Shape<OUT, K> S;
-  const int thread = fresh_thread(), lane = thread & 31;
+  const int lane = thread & 31;
   const int row = (thread >> 5) * S::EACH * S::SPREAD + lane / (32 / S::KEPT) * S::SPREAD + lane % S::SPREAD;
   if (S::LANES > S::KEPT && lane / S::SPREAD % (S::LANES / S::KEPT)) return;  // several lanes have the same sum
 #pragma unroll
@@ -345,24 +325,23 @@ template <int LEVEL> struct Held {
   float w[PASSES][SHARE];
   float2 bias_skip[PASSES];
 
-  __device__ __forceinline__ void take_taps(const float* table, const float4* conv) {
+  __device__ __forceinline__ void take_taps(int thread, const float* table, const float4* conv) {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {  // what is not loaded is set too: else it would take up registers in all of the kernel
       tap[i] = make_float4(0.f, 0.f, 0.f, 0.f), bias[i] = 0.f;
 #pragma unroll
       for (int s = 0; s < STREAMS; s++) window[s][i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
-    for_rows<2 * C, C / 2>([&](int i, int c) {
+    for_rows<2 * C, C / 2>(thread, [&](int i, int c) {
       if (c >= C) return;
       tap[i] = ((const float4*)table)[c], bias[i] = table[4 * (C + c)];
 #pragma unroll
       for (int s = 0; s < STREAMS; s++) window[s][i] = conv[s * C + c];
     });
   }
-  __device__ __forceinline__ void take_states(const float* table, const float* ssm) {
+  __device__ __forceinline__ void take_states(int thread, const float* table, const float* ssm) {
     const float4 *const more = (const float4*)table + C, *const A = more + C;
     const float* const dt_proj = (const float*)(A + 4 * C);
-    const int thread = fresh_thread();
 #pragma unroll
     for (int i = 0; i < PASSES; i++) {
       const int unit = i * THREADS + thread, c = unit / 4, q = unit % 4;
@@ -409,18 +388,17 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
   constexpr int W = WIDTH_OF[LEVEL], C = H::C, R = H::R, M = R + 32, PASSES = H::PASSES;
   Shared& shared = ring.shared;
   const Parameters& p = ring.p;
-  const int thread = fresh_thread(), q = thread & 3;
+  const int thread = ring.thread = fresh_thread(), q = thread & 3;
   const bool adds = DOWN > 0 ? n >= DOWN : n == LAYERS - 1, last = n == LAYERS - 1;
   const int which = DOWN > 0 ? LAYERS - 1 - n : 0;
   const int ahead = last ? 0 : 1;  // layers: the last asks for its own again, which is simpler than for nothing
   Weights<M, C> mix;
   Weights<W, C> out;
 
-  if (!H::AHEAD) held.take_taps(table, conv);
+  if (!H::AHEAD) held.take_taps(ring.thread, table, conv);
   // the norm's weight is in the matrix, its scale comes after
   const auto in_sums = product<true>(ring, in, shared.residual, [&] { mix.take(ring); });
-  if (!H::AHEAD) held.take_states(table, ssm);
-  for_rows<2 * C, W>([&](int i, int row) {
+  for_rows<2 * C, W>(ring.thread, [&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
       const float x = rsqrt_of(in_sums.squares[s] * (1.f / W)) * in_sums.of[s][i];
@@ -434,16 +412,17 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
       shared.convolved[s][row] = sum * sigmoid(sum);
     }
   });
-  ring.sync();
+  team_sync(THREADS);
   const auto mix_sums = product<false>(ring, mix, shared.convolved, [&] {
     out.take(ring);
-    if (H::AHEAD) held.take_taps(table + ahead * table_floats(LEVEL), conv + (i64)ahead * p.streams * C);
+    if (H::AHEAD) held.take_taps(ring.thread, table + ahead * table_floats(LEVEL), conv + (i64)ahead * p.streams * C);
+    else held.take_states(ring.thread, table, ssm);
   });
-  for_rows<M, C>([&](int i, int row) {
+  for_rows<M, C>(ring.thread, [&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) shared.mixed[s][row] = mix_sums.of[s][i];
   });
-  ring.sync();
+  team_sync(THREADS);
 #pragma unroll
   for (int s = 0; s < STREAMS; s++) {
     const float4 B = *(const float4*)(shared.mixed[s] + R + 4 * q), Cs = *(const float4*)(shared.mixed[s] + R + 16 + 4 * q);
@@ -469,23 +448,23 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
       }
     }
   }
-  ring.sync();
+  team_sync(THREADS);
   float old[STREAMS][Shape<W, C>::EACH] = {};
   const auto out_sums = product<false>(ring, out, shared.y, [&] {
-    for_rows<W, C>([&](int i, int row) {
+    for_rows<W, C>(ring.thread, [&](int i, int row) {
 #pragma unroll
       for (int s = 0; s < STREAMS; s++) old[s][i] = shared.residual[s][row] + (adds ? shared.skips[s][which * W + row] : 0.f);
     });
-    if (H::AHEAD) held.take_states(table + ahead * table_floats(LEVEL), ssm + (i64)ahead * p.streams * C * 16);
+    if (H::AHEAD) held.take_states(ring.thread, table + ahead * table_floats(LEVEL), ssm + (i64)ahead * p.streams * C * 16);
     if (last) in = {};  // set in any case: else the old ones would stay in registers
     else in.take(ring);
   });
-  for_rows<W, C>([&](int i, int row) {
+  for_rows<W, C>(ring.thread, [&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++)
       shared.residual[s][row] = before_layer<LEVEL>(shared, n + 1, slot, s, row, old[s][i] + out_sums.of[s][i]);
   });
-  ring.sync();
+  team_sync(THREADS);
 }
 
 // The next sample of each stream, and its embedding as the residual. `meanwhile` is called before that is waited for.
@@ -493,7 +472,7 @@ template <typename F> __device__ __forceinline__ void choose(Ring& ring, int ste
   constexpr int W = WIDTH_OF[0];
   Shared& shared = ring.shared;
   const Parameters& p = ring.p;
-  const int s = threadIdx.x >> 5, lane = threadIdx.x & 31;  // a warp a stream,
+  const int s = ring.thread >> 5, lane = ring.thread & 31;  // a warp a stream,
   const int both = p.paired ? 2 : 1;                        // or a pair of them
   const bool draws = s < STREAMS && s % both == 0;
   int token = 0;
@@ -519,7 +498,7 @@ template <typename F> __device__ __forceinline__ void choose(Ring& ring, int ste
         shared.residual[to][row] = before_layer<0>(shared, 0, slot, to, row, v);
       }
     }
-  ring.sync();
+  team_sync(THREADS);
 }
 
 // One frame of a level and what it gives to the one above (level 0: the logits).
@@ -531,10 +510,11 @@ __device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int fi
   Shared& shared = ring.shared;
   const Parameters& p = ring.p;
   ssm += (i64)first * C * 16, conv += (i64)first * C;
+  ring.thread = fresh_thread();
   Held<LEVEL> held;
   Weights<2 * C, W> in;
   const auto meanwhile = [&] {
-    if (Held<LEVEL>::AHEAD) held.take_taps(table, conv), held.take_states(table, ssm);
+    if (Held<LEVEL>::AHEAD) held.take_taps(ring.thread, table, conv), held.take_states(ring.thread, table, ssm);
     in.take(ring);
   };
   if constexpr (LEVEL == 0) {
@@ -544,14 +524,14 @@ __device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int fi
     down.take(ring);
     const auto frames = (const float(*)[most(frame_floats(), 1)])(&shared.buffer[0][frame_offset(ABOVE)]);
     const auto sums = product<false>(ring, down, frames, meanwhile);
-    for_rows<W, POOLED>([&](int i, int row) {
+    for_rows<W, POOLED>(ring.thread, [&](int i, int row) {
 #pragma unroll
       for (int s = 0; s < STREAMS; s++) {
         const float more = pool_bias[row] + p.condition[(i64)(first + s) * CONDITION + width_offset(LEVEL) + row];
         shared.residual[s][row] = before_layer<LEVEL>(shared, 0, slot, s, row, sums.of[s][i] + more);
       }
     });
-    ring.sync();
+    team_sync(THREADS);
   }
 #pragma unroll 1
   for (int n = 0; n < LAYERS; n++) {
@@ -563,14 +543,14 @@ __device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int fi
   Weights<OUT, W> leaving;
   leaving.take(ring);
   const auto sums = product<LEVEL == 0>(ring, leaving, shared.residual, [] {});
-  for_rows<OUT, W>([&](int i, int row) {
+  for_rows<OUT, W>(ring.thread, [&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
       if (LEVEL > 0) shared.queue[s][frame_offset(ABOVE) + row] = sums.of[s][i] + bias[row];
       else shared.logits[s][row] = fmaf(rsqrt_of(sums.squares[s] * (1.f / W)), sums.of[s][i], bias[row]);
     }
   });
-  ring.sync();
+  team_sync(THREADS);
 }
 
 // Level LEVEL and, where its frame is the last of a pooled one, those below it.
@@ -593,7 +573,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
   Shared& shared = *(Shared*)memory;
   const int thread = threadIdx.x, first = blockIdx.x * STREAMS;
   if (thread == 0) {
-    for (int i = 0; i < SLOTS; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], 1);
+    for (int i = 0; i < SLOTS; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
     barrier_init_done();
   }
   __syncthreads();
@@ -616,7 +596,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
   for (int i = thread; i < VOCAB; i += THREADS) shared.bias[i] = p.bias[i];
   if (thread < STREAMS) shared.seed[thread] = p.seeds[first + thread];
   team_sync(THREADS);
-  Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, 0, 0};
+  Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, thread};
   for (int step = 0; step < p.steps; step++) {
     const u64 place = p.position + step;
     run_levels<0>(ring, step, place, depth_at(place), first, p.tables, p.pool_bias, p.ssm, p.conv);
