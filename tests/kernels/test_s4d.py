@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import signal
 
-from mambagen.kernels.fft_conv import fast_length, long_conv
+from mambagen.kernels.fft_conv import fast_length, long_conv, slabs
 from mambagen.kernels.s4d import discretise, s4d, s4d_kernel, s4d_step
 from mambagen.kernels.s4d.blocks import block_conv
 from mambagen.kernels.s4d.vandermonde import vandermonde_product
@@ -171,14 +171,34 @@ def test_the_long_convolution_is_numpys_however_it_is_cut(slab, reverse, monkeyp
     monkeypatch.setattr("mambagen.kernels.fft_conv.SLAB_CPU", slab)
     make = torch.Generator().manual_seed(0)
     x, k = torch.randn(3, 19, 4, generator=make).double(), torch.randn(2, 19, generator=make).double()
-    x.requires_grad_(), k.requires_grad_()
+    skip = torch.randn(4, generator=make).double()
+    x.requires_grad_(), k.requires_grad_(), skip.requires_grad_()
     y = long_conv(x, k, reverse)
+    torch.testing.assert_close(long_conv(x, k, reverse, skip), y + skip * x)
     for b in range(3):
         for c in range(4):
             row = x[b, :, c].detach().numpy()[:: -1 if reverse else 1]
             exact = np.convolve(row, k[c // 2].detach().numpy())[:19][:: -1 if reverse else 1]
             np.testing.assert_allclose(y[b, :, c].detach().numpy(), exact, atol=1e-12)
     assert torch.autograd.gradcheck(lambda x, k: long_conv(x, k, reverse), (x, k), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, k, skip: long_conv(x, k, reverse, skip), (x, k, skip), fast_mode=True)
+
+
+@pytest.mark.parametrize(("batch", "channels", "kernels"), [(3, 70, 70), (2, 64, 1), (5, 66, 3), (1, 200, 2)])
+@pytest.mark.parametrize("slab", [1, 33 * 40, 10**6])
+def test_slabs_cover_every_row_once_and_every_kernel_in_one(batch, channels, kernels, slab, monkeypatch):
+    monkeypatch.setattr("mambagen.kernels.fft_conv.SLAB_CPU", slab)
+    seen = torch.zeros(batch, channels)
+    served = torch.zeros(kernels)
+    for kernel, pieces in slabs(torch.zeros(batch, 5, channels), kernels, 33):
+        served[kernel] += 1
+        for rows, columns in pieces:
+            seen[rows, columns] += 1
+            assert seen[rows, columns].numel() <= max(1, slab // 33)
+            each = channels // kernels
+            assert kernel.start * each <= columns.start < columns.stop <= kernel.stop * each
+    assert (seen == 1).all()
+    assert (served == 1).all()
 
 
 @pytest.mark.parametrize("block", [1, 4, 16, 33])
@@ -232,13 +252,15 @@ def test_vandermonde_is_its_definition_however_it_is_cut(monkeypatch):
 def test_operations_are_registered_in_full():
     make = torch.Generator().manual_seed(0)
     x, k = torch.randn(2, 9, 4, generator=make).requires_grad_(), torch.randn(2, 9, generator=make).requires_grad_()
-    torch.library.opcheck(torch.ops.mambagen.long_conv.default, (x, k, False))
+    torch.library.opcheck(torch.ops.mambagen.long_conv.default, (x, k, None, False, "torch"))
+    skip = torch.randn(4, generator=make).requires_grad_()
+    torch.library.opcheck(torch.ops.mambagen.long_conv.default, (x, k, skip, True, "torch"))
     c = torch.randn(2, 3, dtype=torch.complex64, generator=make).requires_grad_()
     z = (torch.randn(2, 3, dtype=torch.complex128, generator=make) * 0.1).requires_grad_()
     torch.library.opcheck(torch.ops.mambagen.s4d_vandermonde.default, (c, z, 9, "torch"))
     R, W, a = (torch.randn(*shape, generator=make).requires_grad_() for shape in ((2, 4, 6), (2, 6, 4), (2, 3, 2)))
     a = torch.view_as_complex(a.detach()).requires_grad_()
-    torch.library.opcheck(torch.ops.mambagen.s4d_block_conv.default, (x, k[:, :4].detach(), R, W, a, False))
+    torch.library.opcheck(torch.ops.mambagen.s4d_block_conv.default, (x, k[:, :4].detach(), R, W, a, True))
 
 
 def test_nothing_as_large_as_length_times_state_times_channels_is_made():

@@ -5,6 +5,8 @@ the kernel is conjugated. Channels-last; the spectra live for one slab of rows a
 backward, which transforms x again: what stays in memory is x and k.
 
 Here in torch, by real transforms of twice the length; triton.py on a GPU, by complex ones of the length itself.
+Conjugates are made at once (`conj_physical`): what `conj` leaves for later is left undone where torch.compile runs
+registered ops.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ from mambagen.kernels.dispatch import backend_module, check_shape, choose_backen
 
 # Complex elements of a spectrum that are there at once. On a CPU a slab should fit the cache; on a GPU its kernels
 # should run for longer than it takes to launch them, and a training step should not need much more than its tensors.
-SLAB_CPU, SLAB_GPU = 2**17, 2**24
+SLAB_CPU, SLAB_GPU = 2**18, 2**24
 LEAST_CHANNELS = 32  # of a slab: narrower ones read and write parts of cache lines
 BACKENDS = ("auto", "triton", "torch")
 
@@ -118,11 +120,11 @@ def _forward_now(x: Tensor, k: Tensor, skip: Tensor | None, reverse: bool, backe
     length = x.shape[1]
     n = fast_length(2 * length - 1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for kernels, pieces in slabs(x, k.shape[0], n // 2 + 1):
+    for kernels, pieces in slabs(x, k.shape[0], max(n // 2, 1)):
         weight = torch.fft.rfft(k[kernels], n)[:, None]
         for rows, channels in pieces:
             signal = _shared(_spectrum(x[rows, :, channels], n, k.dtype), len(weight))
-            signal *= weight.conj() if reverse else weight
+            signal *= weight.conj_physical() if reverse else weight
             out = torch.fft.irfft(signal, n)[..., :length].flatten(1, 2).transpose(1, 2)
             if skip is not None:
                 out = out + skip[channels] * x[rows, :, channels]
@@ -154,19 +156,21 @@ def _backward_now(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dk = torch.empty_like(k)
     dskip = k.new_zeros(0 if skip is None else len(skip))
-    for kernels, pieces in slabs(x, k.shape[0], n // 2 + 1):
+    for kernels, pieces in slabs(x, k.shape[0], max(n // 2, 1)):
         weight = torch.fft.rfft(k[kernels], n)[:, None]
         gradient = torch.zeros_like(weight[:, 0])
         for rows, channels in pieces:
             signal = _shared(_spectrum(x[rows, :, channels], n, k.dtype), len(weight))
             adjoint = _shared(_spectrum(dy[rows, :, channels], n, k.dtype), len(weight))
-            gradient += (signal * adjoint.conj() if reverse else signal.conj() * adjoint).sum((0, 2))
-            adjoint *= weight if reverse else weight.conj()
+            gradient += (signal.conj_physical_() * adjoint).sum((0, 2))
+            adjoint *= weight if reverse else weight.conj_physical()
             out = torch.fft.irfft(adjoint, n)[..., :length].flatten(1, 2).transpose(1, 2)
             if skip is not None:
                 out = out + skip[channels] * dy[rows, :, channels]
                 dskip[channels] += (dy[rows, :, channels].to(k.dtype) * x[rows, :, channels]).sum((0, 1))
             dx[rows, :, channels] = out
+        if reverse:
+            gradient.conj_physical_()
         dk[kernels] = torch.fft.irfft(gradient, n)[:, :length]
     return dx, dk, dskip
 
@@ -193,7 +197,7 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 
 
 class _Eager(torch.autograd.Function):
-    """The same op where nothing traces it: its own backward, and a fifth of the Python of a registered op."""
+    """The same op entered without the dispatcher, which costs several times the Python of this."""
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]

@@ -25,7 +25,7 @@ from mambagen.kernels.fft_conv import fast_length, slabs
 from mambagen.kernels.launching import on_device_of, processors
 from mambagen.kernels.triton_turns import half_turn
 
-TILE = 2048  # elements that a program packs or unpacks
+TILE, WIDEST = 2048, 32  # elements that a program packs or unpacks, and channels of them
 BLOCK = 512  # complex numbers of a row that are multiplied at a time
 PROGRAMS = 8  # a multiprocessor, at least, among which the sums over rows are shared out
 
@@ -55,9 +55,7 @@ def forward(x: Tensor, k: Tensor, skip: Tensor | None, reverse: bool) -> Tensor:
     return y
 
 
-def backward(
-    dy: Tensor, x: Tensor, k: Tensor, skip: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, x: Tensor, k: Tensor, skip: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dk and dskip (empty without a skip)."""
     n = fast_length(x.shape[1])
     dx, dk = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(k)
@@ -99,7 +97,7 @@ def _inverse(spectrum: Tensor) -> Tensor:
 
 def _tiles(channels: int, n: int) -> tuple[int, int]:
     """Steps and channels that a program packs or unpacks."""
-    wide = min(triton.next_power_of_2(channels), 64)
+    wide = min(triton.next_power_of_2(channels), WIDEST)
     return min(TILE // wide, triton.next_power_of_2(n)), wide
 
 
@@ -108,12 +106,13 @@ def _pack(v: Tensor, n: int, other: Tensor | None = None) -> tuple[Tensor, Tenso
     batch, length, channels = v.shape
     steps, wide = _tiles(channels, n)
     out = torch.empty(batch, channels, n, dtype=torch.complex64, device=v.device)
+    real = torch.view_as_real(out)
     blocks, columns = triton.cdiv(n, steps), triton.cdiv(channels, wide)
     sums = None
     if other is not None:
         sums = torch.empty(batch * blocks, channels, dtype=torch.float32, device=v.device)
     pack_kernel[(batch * blocks * columns,)](
-        v, v if other is None else other, torch.view_as_real(out), out if sums is None else sums,
+        v, v if other is None else other, real, real if sums is None else sums,
         length, n, channels, blocks, columns, 0.5 / n,
         *v.stride(), *(v if other is None else other).stride(),
         SUMS=sums is not None, STEPS=steps, WIDE=wide, num_warps=4,

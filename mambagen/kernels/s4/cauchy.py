@@ -78,10 +78,10 @@ def _backward(g: Tensor, v: Tensor, w: Tensor, M: int) -> tuple[Tensor, Tensor]:
     dv, dw = torch.zeros_like(v), torch.zeros_like(w)
     for first, last in _stretches(w, M):
         z, part = roots(M, first, last, w), g[..., first:last]
-        inverse = _inverse(w, z).conj()
+        inverse = _inverse(w, z).conj_physical()
         dv += part @ inverse.mT
         # of w: v (1 + z) / (...)^2, summed over the sums before the states, so that nothing has all three axes
-        dw += torch.einsum("snk,smk,smn->sn", inverse.square() * (1 + z).conj(), part, v.conj())
+        dw += torch.einsum("snk,smk,smn->sn", inverse.square() * (1 + z).conj_physical(), part, v.conj_physical())
     return dv, dw
 
 

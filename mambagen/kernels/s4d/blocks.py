@@ -10,9 +10,9 @@ state that a block begins with at each of its steps. Every matrix is one for all
 channels nearly all of the work is large matrix products, T + 4N multiply-adds an element whatever the length. Backward
 is the same three products transposed; of the forward it needs x alone.
 
-In float32 that is as much as an FFT of some thousand steps or, on a CPU, more; so it is for short sequences, and for
-bfloat16 on a GPU, where the products run on the tensor cores: inputs and matrices are then bfloat16, sums and the
-states between blocks float32.
+In float32 that is as much as an FFT of some thousand steps or, on a CPU, more; so it is for short sequences, of one
+block. In bfloat16 on a GPU the products run on the tensor cores: inputs and matrices are then bfloat16, sums and the
+states between blocks float32. Passing those states is what makes long sequences slower than the FFT all the same.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from mambagen.kernels.dispatch import backend_module
 from mambagen.kernels.s4d.vandermonde import powers, vandermonde_product
 
 LEAST_CHANNELS = 32  # a system, below which the products are too narrow and the FFT is used
-LONGEST_CPU, LONGEST_GPU = 128, 512  # lengths up to which float32 products are quicker than the FFT
+LONGEST_CPU, LONGEST_GPU = 128, 512  # lengths up to which the products are quicker than the FFT
 ONE_BLOCK = 512  # up to this length the Toeplitz matrix of the whole sequence is the cheapest
 PARTIAL = 2**24  # elements of the partial sums of a weight's gradient that are there at once
 
@@ -33,8 +33,6 @@ def pays(x: Tensor, ssms: int) -> bool:
     """Whether this convolution should be quicker than the FFT's."""
     if x.shape[2] < LEAST_CHANNELS * ssms:
         return False
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return True
     return x.shape[1] <= (LONGEST_GPU if x.is_cuda else LONGEST_CPU)
 
 
@@ -172,7 +170,7 @@ def _backward(
             h = _carry(torch.matmul(entering, rows), a[s], batch, reverse)
             dR[s] = _outer(adjoint, h.to(low))
             # what is read from a block's first state came in before it: the adjoint passes the other way
-            dentered = _carry(torch.matmul(reading.mT, adjoint), a[s].conj(), batch, not reverse)
+            dentered = _carry(torch.matmul(reading.mT, adjoint), a[s].conj_physical(), batch, not reverse)
             dW[s] = _outer(dentered.to(low), rows)
             dx += torch.matmul(entering.mT, dentered.to(low))
             (h_re, h_im), (g_re, g_im) = h.chunk(2, 1), dentered.chunk(2, 1)

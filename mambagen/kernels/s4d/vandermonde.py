@@ -11,7 +11,7 @@ gradients are products of the same two factors:
 import torch
 from torch import Tensor
 
-from mambagen.kernels.dispatch import backend_module
+from mambagen.kernels.dispatch import backend_module, is_plain_eager
 
 SLAB = 2**22  # complex factors that are made at once
 
@@ -26,7 +26,9 @@ def vandermonde_product(c: Tensor, z: Tensor, length: int, backend: str = "torch
     Returns:
         (ssms, length), real; differentiable once in c and z.
     """
-    return _forward(c, z, length, backend)
+    run = _Eager.apply if is_plain_eager(c, z) else _forward
+    kernel: Tensor = run(c, z, length, backend)
+    return kernel
 
 
 def powers(z: Tensor, length: int, dtype: torch.dtype, start: int = 0) -> Tensor:
@@ -57,6 +59,10 @@ def _factors(z: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 @torch.library.custom_op("mambagen::s4d_vandermonde", mutates_args=())
 def _forward(c: Tensor, z: Tensor, length: int, backend: str) -> Tensor:
+    return _forward_now(c, z, length, backend)
+
+
+def _forward_now(c: Tensor, z: Tensor, length: int, backend: str) -> Tensor:
     if backend == "triton":
         return backend_module("s4d", "triton").forward(c, z, length)
     parts = []
@@ -75,12 +81,16 @@ def _(c: Tensor, z: Tensor, length: int, backend: str) -> Tensor:
 
 @torch.library.custom_op("mambagen::s4d_vandermonde_backward", mutates_args=())
 def _backward(g: Tensor, c: Tensor, z: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _backward_now(g, c, z, backend)
+
+
+def _backward_now(g: Tensor, c: Tensor, z: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         first, moment = backend_module("s4d", "triton").moments(g, z)
     else:
         pairs = [_moments(g[cut], z[cut], c.dtype) for cut in _slabs(z, g.shape[1])]
         first, moment = (torch.cat(part) for part in zip(*pairs, strict=True))
-    return (2 * first.conj()).to(c.dtype).resolve_conj(), (2 * (c * moment).conj()).to(z.dtype).resolve_conj()
+    return (2 * first.conj_physical()).to(c.dtype), (2 * (c * moment).conj_physical()).to(z.dtype)
 
 
 @_backward.register_fake
@@ -108,11 +118,25 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(c, z)
 
 
-def _gradients(ctx, g):  # type: ignore[no-untyped-def]
+def _gradients(ctx, g, *, backward=None):  # type: ignore[no-untyped-def]
     c, z = ctx.saved_tensors
     with torch.autocast(g.device.type, enabled=False):
-        dc, dz = _backward(g.contiguous(), c, z, ctx.backend)
+        dc, dz = (backward or _backward)(g.contiguous(), c, z, ctx.backend)
     return dc, dz, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The same op entered without the dispatcher, which costs several times the Python of this."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        _setup(ctx, inputs, None)
+        return _forward_now(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, g, backward=_backward_now)
