@@ -95,7 +95,7 @@ class Layout:
         skips = max(max(down, 1) * width for down, width in zip(self.downs, self.widths, strict=True))
         rising = max(sum(self.widths[:-1]), 1)
         floats = D + skips + 6 * D + 96 + 2 * self.frame_floats + rising + self.vocabulary + 2
-        return _up(4 * (floats * self.streams + self.vocabulary) + 16 * 64 + 256, 128)  # two barriers a slot
+        return _up(4 * (floats * self.streams + 2 * self.vocabulary) + 16 * 64 + 256, 128)  # two barriers a slot
 
     @property
     def widest_product(self) -> int:

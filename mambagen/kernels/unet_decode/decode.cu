@@ -117,7 +117,7 @@ struct __align__(128) Shared {
   float mixed[STREAMS][MIXED];
   float buffer[STREAMS][most(frame_floats(), 1)], queue[STREAMS][most(frame_floats(), 1)];
   float rising[STREAMS][most(RISING, 1)];  // of the condition, what every sample needs in the middle of a level
-  float logits[STREAMS][VOCAB], bias[VOCAB];
+  float logits[STREAMS][VOCAB], bias[VOCAB], head_bias[VOCAB];
   u64 seed[STREAMS];
   u64 full[SLOTS], empty[SLOTS];
 };
@@ -344,8 +344,7 @@ template <int LEVEL> struct Held {
     const float* const dt_proj = (const float*)(A + 4 * C);
 #pragma unroll
     for (int i = 0; i < PASSES; i++) {
-      const int unit = i * THREADS + thread, c = unit / 4, q = unit % 4;
-      if (!FULL_UP && c >= C) continue;
+      const int unit = FULL_UP ? i * THREADS + thread : least(i * THREADS + thread, 4 * C - 1), c = unit / 4, q = unit % 4;
       a[i] = A[unit], bias_skip[i] = ((const float2*)(more + c))[1];
       const float* const from = dt_proj + c * R + q * SHARE % R;
       if constexpr (SHARE % 4 == 0) {
@@ -423,31 +422,36 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
     for (int s = 0; s < STREAMS; s++) shared.mixed[s][row] = mix_sums.of[s][i];
   });
   team_sync(THREADS);
+  float y[STREAMS][PASSES];
 #pragma unroll
   for (int s = 0; s < STREAMS; s++) {
     const float4 B = *(const float4*)(shared.mixed[s] + R + 4 * q), Cs = *(const float4*)(shared.mixed[s] + R + 16 + 4 * q);
 #pragma unroll
     for (int i = 0; i < PASSES; i++) {
-      const int unit = i * THREADS + thread, c = unit / 4;
-      const bool mine = H::FULL_UP || c < C;  // all lanes take part in the sums
+      const int unit = i * THREADS + thread, c = (H::FULL_UP ? unit : least(unit, 4 * C - 1)) / 4;  // all lanes take part
       float dt = 0.f;
 #pragma unroll
-      for (int r = 0; r < H::SHARE; r++) dt = mine ? fmaf(held.w[i][r], shared.mixed[s][q * H::SHARE % R + r], dt) : 0.f;
-      dt = softplus((H::SHARE < R ? over_quad(dt) : dt) + (mine ? held.bias_skip[i].x : 0.f));
-      const float x = mine ? shared.convolved[s][c] : 0.f, u = dt * x;
-      float4 state = mine ? held.h[s][i] : make_float4(0.f, 0.f, 0.f, 0.f);
-      const float4 rate = mine ? held.a[i] : make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int r = 0; r < H::SHARE; r++) dt = fmaf(held.w[i][r], shared.mixed[s][q * H::SHARE % R + r], dt);
+      dt = softplus((H::SHARE < R ? over_quad(dt) : dt) + held.bias_skip[i].x);
+      const float x = shared.convolved[s][c], u = dt * x;
+      const float4 rate = held.a[i];
+      float4& state = held.h[s][i];
       state.x = fmaf(ex2(dt * rate.x), state.x, u * B.x);
       state.y = fmaf(ex2(dt * rate.y), state.y, u * B.y);
       state.z = fmaf(ex2(dt * rate.z), state.z, u * B.z);
       state.w = fmaf(ex2(dt * rate.w), state.w, u * B.w);
-      const float read = over_quad(dot(state, Cs));
-      if (mine) {
-        ((float4*)ssm)[s * 4 * C + unit] = state;
-        if (q == 0) shared.y[s][c] = fmaf(held.bias_skip[i].y, x, read) * shared.gate[s][c];
-      }
+      y[s][i] = fmaf(held.bias_skip[i].y, x, over_quad(dot(state, Cs))) * shared.gate[s][c];
     }
   }
+#pragma unroll
+  for (int s = 0; s < STREAMS; s++)  // stores after all loads, so that none waits for another channel's
+#pragma unroll
+    for (int i = 0; i < PASSES; i++) {
+      const int unit = i * THREADS + thread;
+      if (!H::FULL_UP && unit >= 4 * C) continue;
+      ((float4*)ssm)[s * 4 * C + unit] = held.h[s][i];
+      if (q == 0) shared.y[s][unit / 4] = y[s][i];
+    }
   team_sync(THREADS);
   float old[STREAMS][Shape<W, C>::EACH] = {};
   const auto out_sums = product<false>(ring, out, shared.y, [&] {
@@ -522,14 +526,18 @@ __device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int fi
   } else {
     Weights<W, POOLED> down;
     down.take(ring);
+    float more[STREAMS][Shape<W, POOLED>::EACH] = {};
+    for_rows<W, POOLED>(ring.thread, [&](int i, int row) {
+#pragma unroll
+      for (int s = 0; s < STREAMS; s++)
+        more[s][i] = pool_bias[row] + p.condition[(i64)(first + s) * CONDITION + width_offset(LEVEL) + row];
+    });
     const auto frames = (const float(*)[most(frame_floats(), 1)])(&shared.buffer[0][frame_offset(ABOVE)]);
     const auto sums = product<false>(ring, down, frames, meanwhile);
     for_rows<W, POOLED>(ring.thread, [&](int i, int row) {
 #pragma unroll
-      for (int s = 0; s < STREAMS; s++) {
-        const float more = pool_bias[row] + p.condition[(i64)(first + s) * CONDITION + width_offset(LEVEL) + row];
-        shared.residual[s][row] = before_layer<LEVEL>(shared, 0, slot, s, row, sums.of[s][i] + more);
-      }
+      for (int s = 0; s < STREAMS; s++)
+        shared.residual[s][row] = before_layer<LEVEL>(shared, 0, slot, s, row, sums.of[s][i] + more[s][i]);
     });
     team_sync(THREADS);
   }
@@ -539,15 +547,16 @@ __device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int fi
     table += table_floats(LEVEL), ssm += (i64)p.streams * C * 16, conv += (i64)p.streams * C;
   }
   constexpr int OUT = LEVEL > 0 ? POOLED : VOCAB;
-  const float* const bias = LEVEL > 0 ? pool_bias + W : p.head_bias;
   Weights<OUT, W> leaving;
   leaving.take(ring);
+  float bias[Shape<OUT, W>::EACH] = {};
+  for_rows<OUT, W>(ring.thread, [&](int i, int row) { bias[i] = LEVEL > 0 ? pool_bias[W + row] : shared.head_bias[row]; });
   const auto sums = product<LEVEL == 0>(ring, leaving, shared.residual, [] {});
   for_rows<OUT, W>(ring.thread, [&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
-      if (LEVEL > 0) shared.queue[s][frame_offset(ABOVE) + row] = sums.of[s][i] + bias[row];
-      else shared.logits[s][row] = fmaf(rsqrt_of(sums.squares[s] * (1.f / W)), sums.of[s][i], bias[row]);
+      if (LEVEL > 0) shared.queue[s][frame_offset(ABOVE) + row] = sums.of[s][i] + bias[i];
+      else shared.logits[s][row] = fmaf(rsqrt_of(sums.squares[s] * (1.f / W)), sums.of[s][i], bias[i]);
     }
   });
   team_sync(THREADS);
@@ -593,7 +602,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
   for (int i = thread; i < STREAMS * RISING; i += THREADS)
     shared.rising[i / RISING][i % RISING] = p.condition[(i64)(first + i / RISING) * CONDITION + width_offset(LEVELS) + i % RISING];
   for (int i = thread; i < STREAMS * VOCAB; i += THREADS) shared.logits[i / VOCAB][i % VOCAB] = p.logits[(i64)first * VOCAB + i];
-  for (int i = thread; i < VOCAB; i += THREADS) shared.bias[i] = p.bias[i];
+  for (int i = thread; i < VOCAB; i += THREADS) shared.bias[i] = p.bias[i], shared.head_bias[i] = p.head_bias[i];
   if (thread < STREAMS) shared.seed[thread] = p.seeds[first + thread];
   team_sync(THREADS);
   Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, thread};
