@@ -2,26 +2,32 @@
 
     python -m benchmarks.encoders [--encoders bigs bimamba bert] [--size 7m] [--tokens 131072] [--out encoders.json]
         [--figure encoders.png] [--parts s4d length]
+    python -m benchmarks.encoders --profile ours [--tokens 131072]   # the train steps of "s4d", kernel by kernel
 
 "s4d", which comes first: the train step of one S4D layer (forward, backward) beside the usual implementation in plain
-torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs. "length": encoders of one size
+torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs; where one system serves all
+channels also by matrix products over blocks of steps. "length": encoders of one size
 at lengths of 128 to 131072, under bfloat16 autocast; `bert` is attention by PyTorch's flash kernels. --out is written
 anew after every row, so a time limit loses nothing.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import median_ms, print_table, write_json
+from benchmarks.train import profile
+from mambagen.kernels.s4d import s4d
 from mambagen.models.config import MAMBA_SIZES
 from mambagen.models.encoders import build_encoder, count_parameters, match_parameters
 from mambagen.models.s4d_mixer import S4D, S4DConfig
 
 LENGTHS = tuple(1 << k for k in range(7, 18))
+WAYS = ("ours", "plain", "blocks")
 
 
 def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
@@ -87,35 +93,53 @@ def plain_s4d(layer: S4D, x: Tensor) -> Tensor:
     return (y + wide * D[:, None]).transpose(1, 2).to(x.dtype)
 
 
-def s4d_rows(tokens: int, channels: int = 256, states: int = 32) -> Iterator[dict[str, Any]]:
-    """A row a length and way to share systems: ours beside plain torch, and how far apart they are."""
-    for shared in (False, True):
+class LayerCase(NamedTuple):
+    """An S4D layer and its input."""
+
+    layer: S4D
+    x: Tensor
+
+    def output(self, way: str) -> Tensor:
+        """By the layer as it is ("ours"), by plain torch ("plain"), or by products over blocks ("blocks")."""
+        if way == "plain":
+            return plain_s4d(self.layer, self.x)
+        if way == "ours":
+            return self.layer(self.x)[0]
+        y = s4d(self.x, *self.layer.system(), convolution="blocks")
+        assert isinstance(y, Tensor)
+        return y
+
+    def train(self, way: str) -> None:
+        """Forward and backward."""
+        self.output(way).float().square().mean().backward()
+        self.layer.zero_grad(set_to_none=True)
+        self.x.grad = None
+
+
+def s4d_cases(tokens: int, channels: int = 256, states: int = 32) -> Iterator[tuple[dict[str, Any], LayerCase]]:
+    """A case a length and way to share systems, with what begins its row."""
+    for systems in (channels, 1):
         for length in (1024, 4096, 16384, 65536):
             torch.manual_seed(0)
-            config = S4DConfig(d_model=channels, d_state=states, n_ssm=1 if shared else "channels")
-            layer = S4D(config).cuda()
+            layer = S4D(S4DConfig(d_model=channels, d_state=states, n_ssm=systems)).cuda()
             x = torch.randn(max(1, tokens // length), length, channels, device="cuda", dtype=torch.bfloat16)
-            x.requires_grad_()
-            row: dict[str, Any] = {"systems": 1 if shared else channels, "batch": len(x), "length": length}
-            ways: dict[str, Callable[[], Tensor]] = {
-                "ours": lambda layer=layer, x=x: layer(x)[0],  # type: ignore[misc]
-                "plain": lambda layer=layer, x=x: plain_s4d(layer, x),  # type: ignore[misc]
-            }
-            for name, way in ways.items():
+            yield {"systems": systems, "batch": len(x), "length": length}, LayerCase(layer, x.requires_grad_())
 
-                def train(way: Callable[[], Tensor] = way, layer: S4D = layer, x: Tensor = x) -> None:
-                    way().float().square().mean().backward()
-                    layer.zero_grad(set_to_none=True)
-                    x.grad = None
 
-                row[f"{name} ms"], row[f"{name} GB"] = measured(train)
-            try:
-                with torch.no_grad():
-                    a, b = ways["ours"]().float(), ways["plain"]().float()
-                row["difference"] = float((a - b).norm() / b.norm())
-            except torch.cuda.OutOfMemoryError:
-                row["difference"] = None
-            yield row
+def s4d_rows(tokens: int) -> Iterator[dict[str, Any]]:
+    """A row a case: ours beside plain torch, and how far apart they are."""
+    for row, case in s4d_cases(tokens):
+        for way in WAYS:
+            shared = row["systems"] == 1
+            milliseconds, gigabytes = measured(partial(case.train, way)) if shared or way != "blocks" else (None, None)
+            row |= {f"{way} ms": milliseconds, f"{way} GB": gigabytes}
+        try:
+            with torch.no_grad():
+                a, b = case.output("ours").float(), case.output("plain").float()
+            row["difference"] = float((a - b).norm() / b.norm())
+        except torch.cuda.OutOfMemoryError:
+            row["difference"] = None
+        yield row
 
 
 def draw(rows: list[dict[str, Any]], path: str, device: str) -> None:
@@ -149,9 +173,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--out")
     parser.add_argument("--figure")
+    parser.add_argument("--profile", choices=WAYS, help="only print where the time of the S4D layer goes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.encoders: needs a CUDA device")
+    if args.profile:
+        for row, case in s4d_cases(args.tokens):
+            if row["systems"] == 1 or args.profile != "blocks":
+                profile(partial(case.train, args.profile), f"{args.profile}, {row}")
+        return
     rows: list[dict[str, Any]] = []
 
     def taken(measuring: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
