@@ -57,6 +57,10 @@ MORE_CONVS: dict[str, dict[str, Any]] = {
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for width in (1, 2, 3, 8)
 }
+FFTS = {
+    "bfloat16, a system a channel": (torch.bfloat16, 64),
+    "float32, a system for all": (torch.float32, 1),
+}
 
 
 class NoDevice:
@@ -108,8 +112,8 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         return kernel
 
     JITFunction.run = compile_only
-    scan, conv = (backend_module(op, "triton") for op in ("selective_scan", "causal_conv1d"))
-    for module in (scan, conv):
+    scan, conv, fft = (backend_module(op, "triton") for op in ("selective_scan", "causal_conv1d", "fft_conv"))
+    for module in (scan, conv, fft):
         vars(module)["processors"] = lambda device: 64  # enough that the length is split
     for variant, options in {**SCANS, **(MORE_SCANS if every else {})}.items():  # noqa: B007 (compile_only reads it)
         case = draw_scan(**{"batch": 1, "length": 256, "channels": 64, **options})
@@ -121,6 +125,10 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         arguments = [case[name] == "silu" if name == "activation" else case[name] for name in CONV_ORDER]
         y, final = conv.forward(*arguments)
         conv.backward(y, final, *arguments)
+    for variant, (dtype, kernels) in FFTS.items():  # noqa: B007
+        x, k, skip = torch.randn(2, 128, 64).to(dtype), torch.randn(kernels, 128), torch.randn(64)
+        fft.forward(x, k, skip, False)
+        fft.backward(x, x, k, skip, True)
     return rows
 
 

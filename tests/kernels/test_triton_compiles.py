@@ -20,6 +20,10 @@ KERNELS = {
     "sum_tiles_kernel",
     "conv_kernel",
     "conv_backward_kernel",
+    "pack_kernel",
+    "unpack_kernel",
+    "filter_kernel",
+    "adjoint_kernel",
 }
 
 

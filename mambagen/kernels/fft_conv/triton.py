@@ -70,7 +70,7 @@ def backward(dy: Tensor, x: Tensor, k: Tensor, skip: Tensor | None, reverse: boo
                     own = skip[channels]
                     signal, sums = _pack(signal, n, adjoint)
                     dskip[channels] += sums
-                    signal = torch.fft.fft(signal)
+                    signal = torch.fft.fft(signal).contiguous()
                 else:
                     own = None
                     signal = _spectrum(signal, n)
@@ -87,12 +87,12 @@ def backward(dy: Tensor, x: Tensor, k: Tensor, skip: Tensor | None, reverse: boo
 
 def _spectrum(v: Tensor, n: int) -> Tensor:
     """The transform of turned v (batch, length, channels): (batch, channels, n) complex64."""
-    return torch.fft.fft(_pack(v, n)[0])
+    return torch.fft.fft(_pack(v, n)[0]).contiguous()
 
 
 def _inverse(spectrum: Tensor) -> Tensor:
     """n times the inverse transform; the products are divided by n, which costs them nothing."""
-    return torch.fft.ifft(spectrum, norm="forward")
+    return torch.fft.ifft(spectrum, norm="forward").contiguous()
 
 
 def _tiles(channels: int, n: int) -> tuple[int, int]:
@@ -127,7 +127,7 @@ def _unpack(rows: Tensor, out: Tensor) -> None:
     steps, wide = _tiles(channels, length)
     blocks, columns = triton.cdiv(length, steps), triton.cdiv(channels, wide)
     unpack_kernel[(batch * blocks * columns,)](
-        torch.view_as_real(rows.contiguous()), out, length, n, channels, blocks, columns, 0.5 / n, *out.stride(),
+        torch.view_as_real(rows), out, length, n, channels, blocks, columns, 0.5 / n, *out.stride(),
         STEPS=steps, WIDE=wide, num_warps=4,
     )  # fmt: skip
 
