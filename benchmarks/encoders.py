@@ -6,9 +6,9 @@
 
 "s4d", which comes first: the train step of one S4D layer (forward, backward) beside the usual implementation in plain
 torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs; where one system serves all
-channels also by matrix products over blocks of steps. "length": encoders of one size
-at lengths of 128 to 131072, under bfloat16 autocast; `bert` is attention by PyTorch's flash kernels. --out is written
-anew after every row, so a time limit loses nothing.
+channels also by each of our convolutions. "length": encoders of one size at lengths of 128 to 131072, under bfloat16
+autocast; `bert` is attention by PyTorch's flash kernels. --out is written anew after every row, so a time limit loses
+nothing.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from benchmarks.common import median_ms, print_table, write_json
 from benchmarks.train import profile
+from mambagen.kernels import fft_conv
 from mambagen.kernels.s4d import s4d
 from mambagen.models.config import MAMBA_SIZES
 from mambagen.models.encoders import build_encoder, count_parameters, match_parameters
 from mambagen.models.s4d_mixer import S4D, S4DConfig
 
 LENGTHS = tuple(1 << k for k in range(7, 18))
-WAYS = ("ours", "plain", "blocks")
+WAYS = ("ours", "plain", "fft", "blocks")  # the last two are what ours chooses from where a system is shared
 
 
 def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
@@ -100,12 +101,12 @@ class LayerCase(NamedTuple):
     x: Tensor
 
     def output(self, way: str) -> Tensor:
-        """By the layer as it is ("ours"), by plain torch ("plain"), or by products over blocks ("blocks")."""
+        """By the layer as it is ("ours"), by plain torch ("plain"), or by our convolution of that name."""
         if way == "plain":
             return plain_s4d(self.layer, self.x)
         if way == "ours":
             return self.layer(self.x)[0]
-        y = s4d(self.x, *self.layer.system(), convolution="blocks")
+        y = s4d(self.x, *self.layer.system(), convolution=way)
         assert isinstance(y, Tensor)
         return y
 
@@ -119,7 +120,7 @@ class LayerCase(NamedTuple):
 def s4d_cases(tokens: int, channels: int = 256, states: int = 32) -> Iterator[tuple[dict[str, Any], LayerCase]]:
     """A case a length and way to share systems, with what begins its row."""
     for systems in (channels, 1):
-        for length in (1024, 4096, 16384, 65536):
+        for length in (512, 1024, 4096, 16384, 65536):
             torch.manual_seed(0)
             layer = S4D(S4DConfig(d_model=channels, d_state=states, n_ssm=systems)).cuda()
             x = torch.randn(max(1, tokens // length), length, channels, device="cuda", dtype=torch.bfloat16)
@@ -130,8 +131,8 @@ def s4d_rows(tokens: int) -> Iterator[dict[str, Any]]:
     """A row a case: ours beside plain torch, and how far apart they are."""
     for row, case in s4d_cases(tokens):
         for way in WAYS:
-            shared = row["systems"] == 1
-            milliseconds, gigabytes = measured(partial(case.train, way)) if shared or way != "blocks" else (None, None)
+            wanted = row["systems"] == 1 or way in ("ours", "plain")
+            milliseconds, gigabytes = measured(partial(case.train, way)) if wanted else (None, None)
             row |= {f"{way} ms": milliseconds, f"{way} GB": gigabytes}
         try:
             with torch.no_grad():
@@ -174,12 +175,16 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--figure")
     parser.add_argument("--profile", choices=WAYS, help="only print where the time of the S4D layer goes")
+    parser.add_argument(
+        "--slab", type=int, default=fft_conv.SLAB_GPU.bit_length() - 1, help="2^SLAB numbers a spectrum"
+    )
     args = parser.parse_args()
+    fft_conv.SLAB_GPU = 1 << args.slab
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.encoders: needs a CUDA device")
     if args.profile:
         for row, case in s4d_cases(args.tokens):
-            if row["systems"] == 1 or args.profile != "blocks":
+            if row["systems"] == 1 or args.profile in ("ours", "plain"):
                 profile(partial(case.train, args.profile), f"{args.profile}, {row}")
         return
     rows: list[dict[str, Any]] = []
