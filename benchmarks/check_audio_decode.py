@@ -6,6 +6,7 @@
 Needs a GPU of compute capability 9.0 or newer. Waits in the kernel are given up after some seconds with a message.
 """
 
+import itertools
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambagen.kernels.unet_decode import Sampling, UNetWeights
+from mambagen.kernels.unet_decode import Sampling, UNetWeights, cuda
 from mambagen.kernels.unet_decode.cuda import CudaDecoder
 from mambagen.kernels.unet_decode.graph import GraphDecoder
 from mambagen.kernels.unet_decode.reference import ReferenceDecoder
@@ -98,30 +99,49 @@ def draws(name: str) -> None:
             raise SystemExit("draws differ")
 
 
+def microseconds(weights: UNetWeights, batch: int, streams: int) -> float:
+    """A sample of each of `batch` streams, `streams` a block, one launch of 4,000; no watchdog, which costs time."""
+    decoder = CudaDecoder(weights, batch, streams)
+    seeds = torch.arange(batch).cuda()
+    decoder.draw(64, Sampling(), seeds)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    decoder.draw(4000, Sampling(), seeds)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / 4000 * 1e6
+
+
 def speed() -> None:
-    """Microseconds a sample of the published size, one launch of 4,000."""
+    """Microseconds a sample of the published size."""
     weights = weights_of(SHAPES["published"])
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for batch in (1, 2, 16, 64, 128, processors, 2 * processors):
         for streams in (1, 2):
-            decoder = CudaDecoder(weights, batch, streams, watchdog=WATCHDOG)
-            seeds = torch.arange(batch).cuda()
-            decoder.draw(64, Sampling(), seeds)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            decoder.draw(4000, Sampling(), seeds)
-            torch.cuda.synchronize()
-            us = (time.perf_counter() - start) / 4000 * 1e6
+            us = microseconds(weights, batch, streams)
             print(
                 f"{batch} streams, {streams} a block: {us:.1f} us a sample, {batch / us * 1e6:,.0f} samples/s",
                 flush=True,
             )
 
 
+def tune() -> None:
+    """The same by warps of a block and bytes of a slot."""
+    weights = weights_of(SHAPES["published"])
+    for warps, slot in itertools.product((16, 8), (16384, 32768)):
+        cuda.WARPS, cuda.SLOT = warps, slot
+        times = [microseconds(weights, batch, streams) for batch, streams in ((1, 1), (128, 1), (256, 2))]
+        print(
+            f"{warps} warps, slots of {slot >> 10} KB: {', '.join(f'{us:.1f}' for us in times)} us a sample "
+            "of 1, 128 and 256 streams",
+            flush=True,
+        )
+
+
 GROUPS = {
     **{name: (lambda name=name: correct(name)) for name in SHAPES},  # type: ignore[misc]
     "draws": lambda: draws("small"),
     "speed": speed,
+    "tune": tune,
 }
 
 

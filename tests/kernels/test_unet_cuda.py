@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mambagen.kernels.nvrtc import compile_cubin
-from mambagen.kernels.unet_decode import LayerWeights, LevelWeights, Sampling, make_decoder
+from mambagen.kernels.unet_decode import LayerWeights, LevelWeights, Sampling, cuda, make_decoder
 from mambagen.kernels.unet_decode.cuda import Layout, pack_rows, source, spread, unsupported_shape
 from tests.kernels.emulated_unet import EmulatedUNetDecoder
 from tests.kernels.emulator import AVAILABLE
@@ -87,17 +87,19 @@ def test_rows_are_the_nearest_and_unpack(outputs, inputs, shared, rows):
 
 @emulated
 @pytest.mark.parametrize(
-    ("name", "streams", "batch", "memory"),
+    ("name", "streams", "batch", "memory", "warps"),
     [
-        ("two pools", 1, 1, 227),
-        ("two pools", 2, 3, 227),
-        ("wide", 1, 1, 100),
-        ("wide", 2, 2, 227),
-        ("three stages", 2, 2, 227),
+        ("two pools", 1, 1, 227, 16),
+        ("two pools", 2, 3, 227, 16),
+        ("two pools", 2, 2, 227, 8),
+        ("wide", 1, 1, 100, 16),
+        ("wide", 2, 2, 227, 8),
+        ("three stages", 2, 2, 227, 16),
     ],
-    ids=["one stream", "two a block", "wide, a short ring", "wide, two a block", "three stages"],
+    ids=["one stream", "two a block", "eight warps", "wide, a short ring", "wide, eight warps", "three stages"],
 )
-def test_the_kernel_gives_the_reference(name, streams, batch, memory):
+def test_the_kernel_gives_the_reference(monkeypatch, name, streams, batch, memory, warps):
+    monkeypatch.setattr(cuda, "WARPS", warps)
     weights = draw_weights(name)
     tokens = draw_tokens_for(batch, 21)
     conditions = draw_conditions(batch, name)  # of every level, others in each stream

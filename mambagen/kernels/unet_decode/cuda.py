@@ -18,9 +18,9 @@ from mambagen.kernels.nvrtc import Kernel, why_unavailable
 from mambagen.kernels.unet_decode import DecoderState, LayerWeights, Sampling, UNetWeights
 
 STATE, TAPS, EXPAND = 16, 4, 2
-THREADS = 512  # that compute; 32 more feed them
+WARPS = 16  # that compute; one more feeds them
 MAX_LEVELS, MAX_RANK, MAX_VOCABULARY = 8, 64, 1024
-MAX_OUTPUTS = 4 * THREADS  # of a product
+MAX_OUTPUTS = 2048  # of a product
 SLOT = 16384  # bytes of a copy of weights, at most
 LEAST_SLOTS = 4
 LAUNCH_STEPS = 8192  # samples of one launch: an interrupt is answered
@@ -119,8 +119,8 @@ class Layout:
         return {
             "DTYPE": 1, "WATCHDOG": watchdog, "LEVELS": len(self.widths), "WIDTHS": several(self.widths),
             "RANKS": several(self.ranks), "LAYERS_OF": several(self.layers), "DOWNS": several(self.downs),
-            "POOLS": several(self.pools), "VOCAB": self.vocabulary, "STREAMS": self.streams, "SLOTS": self.slots,
-            "SLOT_BYTES": SLOT, "FIXED_BYTES": self.fixed_bytes,
+            "POOLS": several(self.pools), "VOCAB": self.vocabulary, "STREAMS": self.streams, "WARPS": WARPS,
+            "SLOTS": self.slots, "SLOT_BYTES": SLOT, "FIXED_BYTES": self.fixed_bytes,
         }  # fmt: skip
 
 
@@ -243,7 +243,7 @@ class CudaDecoder:
 
     def _run(self, parameters: bytes, layout: Layout) -> None:
         kernel = _kernel(self.device.index or 0, tuple(layout.defines(self._watchdog).items()), layout.launch_bytes)
-        kernel((self._rows // layout.streams, 1, 1), THREADS + 32, parameters)
+        kernel((self._rows // layout.streams, 1, 1), 32 * WARPS + 32, parameters)
 
 
 @functools.cache
@@ -303,7 +303,7 @@ def spread(outputs: int, inputs: int) -> tuple[int, int]:
     """How many lanes of a warp share an output, and how many outputs a lane has: LANES and EACH in decode.cu."""
 
     def rows_of(lanes: int) -> int:
-        return 1 << (-(-outputs * lanes // THREADS) - 1).bit_length()
+        return 1 << (-(-outputs * lanes // (32 * WARPS)) - 1).bit_length()
 
     lanes = min(16, (inputs // 8) & -(inputs // 8))
     while lanes > 1 and rows_of(lanes) > 4:

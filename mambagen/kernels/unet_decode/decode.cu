@@ -14,8 +14,9 @@
 // states are float32.
 //
 // Macros: LEVELS; WIDTHS, RANKS, LAYERS_OF, DOWNS, POOLS (lists, one number a level; ranks in multiples of 4), VOCAB,
-// STREAMS, SLOTS, SLOT_BYTES, FIXED_BYTES (of Shared), WATCHDOG (see cluster.cuh).
-constexpr int WARPS = 16, THREADS = 32 * WARPS;  // that compute; the feeder comes after them
+// STREAMS, WARPS (that compute), SLOTS, SLOT_BYTES, FIXED_BYTES (of Shared), WATCHDOG (see cluster.cuh).
+constexpr int THREADS = 32 * WARPS;              // the feeder comes after them
+constexpr int MOST_AHEAD = 64 / WARPS;           // units of weights that fit into registers; with 16 warps 4
 constexpr int WIDTH_OF[] = {WIDTHS}, RANK_OF[] = {RANKS}, LAYER_COUNT[] = {LAYERS_OF}, DOWN_OF[] = {DOWNS};
 constexpr int POOL_OF[] = {POOLS};  // 1 at the centre
 
@@ -49,9 +50,9 @@ template <int OUT, int K> struct Shape {
   static constexpr bool PAIR = UNITS % 2 == 0 && 2 * UNIT_BYTES <= SLOT_BYTES;
   static constexpr int CHUNK = UNITS % 4 == 0 && 4 * UNIT_BYTES <= SLOT_BYTES ? 4 : PAIR ? 2 : 1;  // units of a slot
   static constexpr int TURN = most(CHUNK, EACH);   // units of whole slots and whole steps
-  static constexpr int AHEAD = least(UNITS, 4);    // units that are read before the inputs are there
+  static constexpr int AHEAD = least(UNITS, MOST_AHEAD);  // units that are read before the inputs are there
   static constexpr int KEPT = least(LANES, EACH);  // rows whose sums end in different lanes
-  static_assert(K % 8 == 0 && EACH <= 4 && UNIT_BYTES <= SLOT_BYTES, "see unsupported_shape in cuda.py");
+  static_assert(K % 8 == 0 && EACH <= MOST_AHEAD && UNIT_BYTES <= SLOT_BYTES, "see unsupported_shape in cuda.py");
   static_assert(AHEAD % TURN == 0, "both are powers of two or all");
 };
 
@@ -317,7 +318,7 @@ template <int LEVEL> struct Held {
   static constexpr int PASSES = parts(4 * C, THREADS);
   static constexpr bool FULL_UP = 4 * C % THREADS == 0;
   static constexpr int EACH = Shape<2 * C, C / 2>::EACH;
-  static constexpr bool AHEAD = PASSES * (1 + STREAMS) < 6;
+  static constexpr bool AHEAD = PASSES * (1 + STREAMS) * WARPS < 6 * 16;
   float4 tap[EACH], window[STREAMS][EACH];  // of the channels whose convolution is this lane's, see for_rows
   float bias[EACH];
   float4 a[PASSES], h[STREAMS][PASSES];  // of four states of channel (i THREADS + thread) / 4
