@@ -21,7 +21,8 @@ from mambagen.kernels.dispatch import backend_module, check_shape, choose_backen
 # Complex elements of a spectrum that are there at once. On a CPU a slab should fit the cache; on a GPU its kernels
 # should run for longer than it takes to launch them, and a training step should not need much more than its tensors.
 SLAB_CPU, SLAB_GPU = 2**18, 2**24
-LEAST_CHANNELS = 32  # of a slab: narrower ones read and write parts of cache lines
+LEAST_ROWS = 4  # of a slab, however long they are: one channel at a time is read three times as slowly
+LEAST_CHANNELS = 32  # of a slab where rows enough fit: narrower ones read and write parts of cache lines
 BACKENDS = ("auto", "triton", "torch")
 
 
@@ -65,7 +66,7 @@ def slabs(x: Tensor, kernels: int, spectrum: int) -> Iterator[tuple[slice, list[
     them, so that it is transformed once.
     """
     batch, _, channels = x.shape
-    room = max(1, (SLAB_GPU if x.is_cuda else SLAB_CPU) // spectrum)
+    room = max(LEAST_ROWS, (SLAB_GPU if x.is_cuda else SLAB_CPU) // spectrum)
     each = channels // kernels
     wide = max(room // (batch * each), -(-LEAST_CHANNELS // each))  # kernels at once
     wide = max(1, min(wide, room // each, kernels))
