@@ -35,7 +35,8 @@ def inputs(batch: int, length: int, channels: int, kernels: int, skip: bool = Tr
 def convolved(tensors: list[torch.Tensor], reverse: bool, backend: str) -> list[torch.Tensor]:
     """y and the gradients of all inputs."""
     leaves = [v.detach().requires_grad_() for v in tensors]
-    y = long_conv(*leaves[:2], reverse, *leaves[2:], backend=backend)
+    x, k, *skip = leaves
+    y = long_conv(x, k, reverse, skip[0] if skip else None, backend)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
