@@ -572,8 +572,8 @@ __device__ __forceinline__ void run_levels(Ring& ring, int step, u64 place, int 
     if (depth > 1) {
       constexpr int C = 2 * WIDTH_OF[LEVEL], N = LAYER_COUNT[LEVEL];
       const int biases = LEVEL > 0 ? WIDTH_OF[LEVEL] + POOL_OF[most(LEVEL - 1, 0)] * WIDTH_OF[most(LEVEL - 1, 0)] : 0;
-      run_levels<LEVEL + 1>(ring, step, place / POOL_OF[LEVEL], depth - 1, first, table + N * table_floats(LEVEL), pool_bias + biases,
-                            ssm + (i64)N * ring.p.streams * C * 16, conv + (i64)N * ring.p.streams * C);
+      run_levels<LEVEL + 1>(ring, step, place / POOL_OF[LEVEL], depth - 1, first, table + N * table_floats(LEVEL),
+                            pool_bias + biases, ssm + (i64)N * ring.p.streams * C * 16, conv + (i64)N * ring.p.streams * C);
     }
 }
 
