@@ -12,7 +12,7 @@ nothing.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
     return milliseconds, torch.cuda.max_memory_allocated() / 1e9
 
 
-def encoder_rows(encoders: list[str], size: str, tokens: int) -> Iterator[dict[str, Any]]:
+def encoder_rows(encoders: list[str], size: str, tokens: int, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row an encoder and length, as they are measured."""
     wanted = count_parameters("mamba", MAMBA_SIZES[size].model_dump())
     for name in encoders:
@@ -50,7 +50,7 @@ def encoder_rows(encoders: list[str], size: str, tokens: int) -> Iterator[dict[s
         built = build_encoder(name, shape)
         assert isinstance(built, nn.Module)
         encoder = built.cuda()
-        for length in LENGTHS:
+        for length in lengths:
             batch = max(1, tokens // length)
             ids = torch.randint(7, 11, (batch, length), device="cuda")
             forward, train = passes(encoder, ids)
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("s4d", "length"), default=["s4d", "length"])
     parser.add_argument("--size", default="7m")
     parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--out")
     parser.add_argument("--figure")
     parser.add_argument("--profile", choices=WAYS, help="only print where the time of the S4D layer goes")
@@ -202,7 +203,7 @@ def main() -> None:
     if "s4d" in args.parts:
         print_table(taken(s4d_rows(args.tokens)), "train step of an S4D layer, 256 channels")
     if "length" in args.parts:
-        encoders = taken(encoder_rows(args.encoders, args.size, args.tokens))
+        encoders = taken(encoder_rows(args.encoders, args.size, args.tokens, args.lengths))
         print_table(encoders, f"encoders of {args.size}")
         if args.figure:
             draw(encoders, args.figure, torch.cuda.get_device_name())
