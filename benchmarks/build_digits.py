@@ -93,6 +93,7 @@ def main() -> None:
     heed.add_argument("model", type=Path)
     heed.add_argument("--judge", nargs="+", default=["digit-judge"])
     heed.add_argument("--clips", type=int, default=300)
+    heed.add_argument("--held-out", type=int, default=300, help="clips whose likelihood is asked for under all classes")
     heed.add_argument("--temperature", type=float, nargs="+", default=[1.0])
     heed.add_argument("--top-p", type=float, nargs="+", default=[1.0])
     heed.add_argument("--guidance", type=float, nargs="+", default=[1.0])
@@ -316,8 +317,9 @@ def finish(arguments: argparse.Namespace) -> None:
 
 def listen(arguments: argparse.Namespace) -> None:
     """Print what the model makes of classes: how likely it finds held-out clips, and what is heard in its own."""
-    shards = AudioShards(arguments.work / "prepared" / "real")
-    print(json.dumps(class_figures(arguments.model, shards, arguments.device, arguments.clips)), flush=True)
+    if arguments.held_out:
+        shards = AudioShards(arguments.work / "prepared" / "real")
+        print(json.dumps(class_figures(arguments.model, shards, arguments.device, arguments.held_out)), flush=True)
     voice = AudioVoice(arguments.model, arguments.device)
     judges = {name: DigitJudge(name, arguments.device) for name in arguments.judge}
     for temperature, top_p, guidance in itertools.product(arguments.temperature, arguments.top_p, arguments.guidance):

@@ -101,7 +101,7 @@ def generate_audio(
     from mambagen.training.progress import Progress
 
     with Progress() as progress:
-        progress.state("starting ...")  # what follows imports torch
+        progress.state("starting; the first start on a machine compiles for up to a minute ...")
 
         from mambagen.pipelines.audio_output import configured
         from mambagen.pipelines.generate_audio import AudioVoice

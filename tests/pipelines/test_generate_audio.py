@@ -29,6 +29,7 @@ from mambagen.models.saving import save_model
 from mambagen.pipelines import generate_audio
 from mambagen.pipelines.audio_output import file_name, write_audio_page
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig, MadeClip, stream_seed
+from mambagen.pipelines.sc09_judge import DigitJudge
 from tests.forks import fork
 
 RATE = 16_000
@@ -399,6 +400,14 @@ def test_other_models_are_refused(command: Command, tmp_path: Path, folder: Path
         code, _, err = command(*arguments, model=tmp_path / "plain")
         assert code == 2
         assert "without" in err
+
+
+def test_the_built_in_model_says_what_it_is_asked_for() -> None:
+    """Two clips of each digit; four of five are heard as asked, so fewer than 12 of 20 come once in a hundred draws."""
+    made = list(AudioVoice("digits", "cpu").clips(GenerateAudioConfig(count=20, classes=DIGITS, seed=1)))
+    judged = DigitJudge("digit-judge", "cpu").judge(np.stack([clip.samples / np.float32(32768) for clip in made]))
+    assert [clip.label for clip in made] == [*DIGITS, *DIGITS]
+    assert sum(DIGITS[int(heard)] == clip.label for heard, clip in zip(judged.heard, made, strict=True)) >= 12
 
 
 def test_a_full_disk_leaves_no_half_file(command: Command, tmp_path: Path) -> None:
