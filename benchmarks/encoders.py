@@ -5,10 +5,9 @@
     python -m benchmarks.encoders --profile ours [--tokens 131072]   # the train steps of "s4d", kernel by kernel
 
 "s4d", which comes first: the train step of one S4D layer (forward, backward) beside the usual implementation in plain
-torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs; where one system serves all
-channels also by each of our convolutions. "length": encoders of one size at lengths of 128 to 131072, under bfloat16
-autocast; `bert` is attention by PyTorch's flash kernels. --out is written anew after every row, so a time limit loses
-nothing.
+torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs. "length": encoders of one size
+at lengths of 128 to 131072, under bfloat16 autocast; `bert` is attention by PyTorch's flash kernels. --out is written
+anew after every row, so a time limit loses nothing.
 """
 
 import argparse
@@ -21,14 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks.common import median_ms, print_table, write_json
 from benchmarks.train import profile
-from mambagen.kernels import fft_conv
-from mambagen.kernels.s4d import s4d
 from mambagen.models.config import MAMBA_SIZES
 from mambagen.models.encoders import build_encoder, count_parameters, match_parameters
 from mambagen.models.s4d_mixer import S4D, S4DConfig
 
 LENGTHS = tuple(1 << k for k in range(7, 18))
-WAYS = ("ours", "plain", "fft", "blocks")  # the last two are what ours chooses from where a system is shared
+WAYS = ("ours", "plain")
 
 
 def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
@@ -101,13 +98,8 @@ class LayerCase(NamedTuple):
     x: Tensor
 
     def output(self, way: str) -> Tensor:
-        """By the layer as it is ("ours"), by plain torch ("plain"), or by our convolution of that name."""
-        if way == "plain":
-            return plain_s4d(self.layer, self.x)
-        if way == "ours":
-            return self.layer(self.x)[0]
-        y = s4d(self.x, *self.layer.system(), convolution=way)
-        assert isinstance(y, Tensor)
+        """By the layer as it is ("ours") or by plain torch ("plain")."""
+        y: Tensor = plain_s4d(self.layer, self.x) if way == "plain" else self.layer(self.x)[0]
         return y
 
     def train(self, way: str) -> None:
@@ -131,16 +123,20 @@ def s4d_rows(tokens: int) -> Iterator[dict[str, Any]]:
     """A row a case: ours beside plain torch, and how far apart they are."""
     for row, case in s4d_cases(tokens):
         for way in WAYS:
-            wanted = row["systems"] == 1 or way in ("ours", "plain")
-            milliseconds, gigabytes = measured(partial(case.train, way)) if wanted else (None, None)
+            milliseconds, gigabytes = measured(partial(case.train, way))
             row |= {f"{way} ms": milliseconds, f"{way} GB": gigabytes}
-        try:
-            with torch.no_grad():
-                a, b = case.output("ours").float(), case.output("plain").float()
-            row["difference"] = float((a - b).norm() / b.norm())
-        except torch.cuda.OutOfMemoryError:
-            row["difference"] = None
+        row["difference"] = difference(case)
         yield row
+
+
+def difference(case: LayerCase) -> float | None:
+    """How far ours is from plain torch, as a share of it; None where the memory does not suffice."""
+    try:
+        with torch.no_grad():
+            ours, plain = (case.output(way).float() for way in WAYS)
+        return float((ours - plain).norm() / plain.norm())
+    except torch.cuda.OutOfMemoryError:
+        return None
 
 
 def draw(rows: list[dict[str, Any]], path: str, device: str) -> None:
@@ -176,17 +172,12 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--figure")
     parser.add_argument("--profile", choices=WAYS, help="only print where the time of the S4D layer goes")
-    parser.add_argument(
-        "--slab", type=int, default=fft_conv.SLAB_GPU.bit_length() - 1, help="2^SLAB numbers a spectrum"
-    )
     args = parser.parse_args()
-    fft_conv.SLAB_GPU = 1 << args.slab
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.encoders: needs a CUDA device")
     if args.profile:
         for row, case in s4d_cases(args.tokens):
-            if row["systems"] == 1 or args.profile in ("ours", "plain"):
-                profile(partial(case.train, args.profile), f"{args.profile}, {row}")
+            profile(partial(case.train, args.profile), f"{args.profile}, {row}")
         return
     rows: list[dict[str, Any]] = []
 

@@ -61,6 +61,7 @@ FFTS = {
     "bfloat16, a system a channel": (torch.bfloat16, 64),
     "float32, a system for all": (torch.float32, 1),
 }
+S4DS = {"32 states": 32, "64 states": 64, "1024 states": 1024}
 
 
 class NoDevice:
@@ -112,7 +113,8 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         return kernel
 
     JITFunction.run = compile_only
-    scan, conv, fft = (backend_module(op, "triton") for op in ("selective_scan", "causal_conv1d", "fft_conv"))
+    ops = ("selective_scan", "causal_conv1d", "fft_conv", "s4d")
+    scan, conv, fft, s4d = (backend_module(op, "triton") for op in ops)
     for module in (scan, conv, fft):
         vars(module)["processors"] = lambda device: 64  # enough that the length is split
     for variant, options in {**SCANS, **(MORE_SCANS if every else {})}.items():  # noqa: B007 (compile_only reads it)
@@ -129,6 +131,11 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         x, k, skip = torch.randn(2, 128, 64).to(dtype), torch.randn(kernels, 128), torch.randn(64)
         fft.forward(x, k, skip, kernels == 1)
         fft.backward(x, x, k, skip, kernels == 1)
+    for variant, state in S4DS.items():  # noqa: B007
+        dt, A = torch.rand(4), torch.randn(4, state, dtype=torch.complex64)
+        z, c = s4d.coefficients(dt, A, A)
+        s4d.coefficient_gradients(z, c, dt, A, A)
+        s4d.gradients(s4d.forward(c, z, 2048), c, z)
     return rows
 
 

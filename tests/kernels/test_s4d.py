@@ -7,7 +7,7 @@ from scipy import signal
 
 from mambagen.kernels.fft_conv import fast_length, long_conv, slabs
 from mambagen.kernels.s4d import discretise, s4d, s4d_kernel, s4d_step
-from mambagen.kernels.s4d.blocks import block_conv
+from mambagen.kernels.s4d.toeplitz import pays, toeplitz_conv
 from mambagen.kernels.s4d.vandermonde import vandermonde_product
 from tests.kernels.helpers import assert_close, relative_error
 
@@ -71,9 +71,8 @@ CASES = [
     {"resets": 0.02, "initial": False, "length": 65},
     {"resets": 1.1, "ssms": 6},
     {"resets": -1.0, "reverse": True},
-    {"convolution": "blocks"},
-    {"convolution": "blocks", "ssms": 1, "reverse": True, "length": 700, "batch": 1, "state": 2, "channels": 2},
     {"channels": 64, "ssms": 1, "initial": False, "length": 20},
+    {"channels": 70, "ssms": 2, "reverse": True},
 ]
 
 
@@ -202,36 +201,24 @@ def test_slabs_cover_every_row_once_and_every_kernel_in_one(batch, channels, ker
     assert (served == 1).all()
 
 
-@pytest.mark.parametrize("block", [1, 4, 16, 33])
+@pytest.mark.parametrize("kernels", [1, 2])
+@pytest.mark.parametrize("length", [1, 33])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_blocks_equal_the_long_convolution_with_all_gradients(block, reverse):
+def test_the_toeplitz_product_is_the_long_convolution_with_all_gradients(kernels, length, reverse):
     make = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 33, 8, dtype=torch.float64, generator=make).requires_grad_()
-    c, z = (torch.randn(2, 4, dtype=torch.complex128, generator=make) * 0.3 for _ in range(2))
-    c.requires_grad_(), z.requires_grad_()
-    ours = block_conv(x, c, z, reverse, block=block)
-    exact = long_conv(x, vandermonde_product(c, z, 33), reverse)
+    x = torch.randn(3, length, 8, dtype=torch.float64, generator=make).requires_grad_()
+    k = torch.randn(kernels, length, dtype=torch.float64, generator=make).requires_grad_()
+    ours, exact = toeplitz_conv(x, k, reverse), long_conv(x, k, reverse)
     torch.testing.assert_close(ours, exact)
     dy = torch.randn(ours.shape, dtype=torch.float64, generator=make)
-    for a, b in zip(*(torch.autograd.grad((y * dy).sum(), [x, c, z]) for y in (ours, exact)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(y, [x, k], dy) for y in (ours, exact)), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_blocks_in_bfloat16_keep_their_states_in_float32(monkeypatch):
-    """As on a GPU's tensor cores: off by some roundings of bfloat16 after 256 blocks that hardly forget."""
-    monkeypatch.setattr("mambagen.kernels.s4d.blocks.product_dtype", lambda x, kernel: x.dtype)
-    make = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2048, 8, generator=make).bfloat16().requires_grad_()
-    c = torch.randn(1, 4, dtype=torch.complex64, generator=make).requires_grad_()
-    z = (torch.complex(torch.full((1, 4), -1e-4), torch.rand(1, 4, generator=make))).to(torch.complex128)
-    z.requires_grad_()
-    ours = block_conv(x, c, z, block=8)
-    exact = long_conv(x.float(), vandermonde_product(c, z, 2048))
-    assert (ours - exact).norm() < 4e-3 * exact.norm()
-    dy = torch.randn(ours.shape, generator=make).bfloat16()
-    pairs = zip(*(torch.autograd.grad((y * dy).sum(), [x, c, z]) for y in (ours, exact)), strict=True)
-    for a, b in pairs:
-        assert (a - b).norm() < 1e-2 * b.norm()
+def test_the_toeplitz_product_is_for_short_sequences_of_many_channels_a_kernel():
+    assert pays(torch.zeros(1, 128, 64), 2)
+    assert not pays(torch.zeros(1, 129, 64), 2)
+    assert not pays(torch.zeros(1, 128, 64), 4)
 
 
 def test_fast_lengths_hold_the_sequence_and_little_more():
@@ -259,9 +246,6 @@ def test_operations_are_registered_in_full():
     c = torch.randn(2, 3, dtype=torch.complex64, generator=make).requires_grad_()
     z = (torch.randn(2, 3, dtype=torch.complex128, generator=make) * 0.1).requires_grad_()
     torch.library.opcheck(torch.ops.mambagen.s4d_vandermonde.default, (c, z, 9, "torch"))
-    R, W, a = (torch.randn(*shape, generator=make).requires_grad_() for shape in ((2, 4, 6), (2, 6, 4), (2, 3, 2)))
-    a = torch.view_as_complex(a.detach()).requires_grad_()
-    torch.library.opcheck(torch.ops.mambagen.s4d_block_conv.default, (x, k[:, :4].detach(), R, W, a, True))
 
 
 def test_nothing_as_large_as_length_times_state_times_channels_is_made():
@@ -295,7 +279,6 @@ def test_nothing_as_large_as_length_times_state_times_channels_is_made():
         ({"resets": torch.zeros(2, 36)}, "resets has shape"),
         ({"discretisation": "euler"}, "zoh, bilinear"),
         ({"backend": "cuda"}, "one of auto, triton"),
-        ({"convolution": "direct"}, "one of auto, fft"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
 )

@@ -24,6 +24,11 @@ KERNELS = {
     "unpack_kernel",
     "filter_kernel",
     "adjoint_kernel",
+    "coefficients_kernel",
+    "coefficient_gradients_kernel",
+    "product_kernel",
+    "moments_kernel",
+    "sums_kernel",
 }
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mambagen.kernels.fft_conv import long_conv
-from mambagen.kernels.s4d import s4d
 from tests.kernels.helpers import relative_error
 from tests.kernels.test_s4d import draw, run
 
@@ -102,7 +101,7 @@ def test_the_same_numbers_every_time() -> None:
 def test_s4d_by_it_equals_the_recurrence(options: dict[str, Any]) -> None:
     case = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in draw(**options).items()}
     exact = run(case, "reference", double=True)
-    for name, value in run({**case, "convolution": "fft"}, "triton").items():
+    for name, value in run(case, "triton").items():
         assert relative_error(value, exact[name]) < 5e-6, name
 
 
@@ -120,4 +119,3 @@ def test_what_it_cannot_do_is_named() -> None:
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
-    s4d(**{**draw(), "backend": "torch", "convolution": "fft"})

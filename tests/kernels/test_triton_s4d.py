@@ -1,13 +1,12 @@
-"""The Vandermonde product in Triton against its definition in float64; without a GPU in Triton's interpreter."""
+"""Coefficients and the Vandermonde product in Triton against float64; without a GPU in Triton's interpreter."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mambagen.kernels.dispatch import backend_module
 from mambagen.kernels.s4d import s4d
-from mambagen.kernels.s4d.blocks import _carry
+from mambagen.kernels.s4d.discretise import coefficients, discretise
 from mambagen.kernels.s4d.vandermonde import vandermonde_product
 from tests.kernels.helpers import assert_close, relative_error
 from tests.kernels.test_s4d import draw, run
@@ -65,14 +64,56 @@ def test_gradients_repeat_bit_for_bit() -> None:
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_states_are_carried_as_by_the_loop(backwards: bool) -> None:
+def continuous(ssms: int, state: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """dt, A and C in which every branch is met: steps down to 1e-9, a pole at 0, tens of radians a step."""
     make = torch.Generator().manual_seed(0)
-    entered = torch.randn(3 * 7, 10, 70, generator=make).to(DEVICE)
-    a = torch.polar(torch.rand(5, generator=make), torch.rand(5, generator=make) * 6).to(DEVICE)
-    exact = _carry(entered.double(), a.to(torch.complex128), 3, backwards)
-    ours = backend_module("s4d", "triton").carry(entered.clone(), a, 3, backwards)
-    assert relative_error(ours, exact) < 1e-6
+    dt = torch.logspace(-9, -0.5, ssms, dtype=dtype)
+    real = -torch.exp(3 * torch.randn(ssms, state, generator=make, dtype=dtype))
+    A = torch.complex(real, 100 * torch.rand(ssms, state, generator=make, dtype=dtype))
+    A[-1, 0] = 0
+    C = torch.randn(ssms, state, dtype=A.dtype, generator=make)
+    return dt.to(DEVICE), A.to(DEVICE), C.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("ssms", "state", "real"), [(20, 5, False), (1, 64, False), (9, 33, True), (7, 1, False)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_coefficients_and_gradients_are_those_of_the_discretisation(
+    ssms: int, state: int, real: bool, dtype: torch.dtype
+) -> None:
+    tensors = continuous(ssms, state, dtype)
+    if real:
+        tensors = tuple(v.real.contiguous() for v in tensors)
+    dt, A, C = leaves = [v.requires_grad_() for v in tensors]
+    z, b = discretise(dt, A)
+    ours = coefficients(dt, A, C, "zoh", torch.complex64, "triton")
+    torch.testing.assert_close(ours[0], z, rtol=1e-15, atol=0)
+    torch.testing.assert_close(ours[1], (C * b).to(torch.complex64), rtol=1e-6, atol=0)
+    make = torch.Generator().manual_seed(1)
+    dz, dc = (torch.randn(v.shape, generator=make, dtype=torch.complex64).to(v) for v in ours)
+    found = torch.autograd.grad(ours, leaves, (dz, dc))
+    exact = [v.detach().to(torch.complex128 if v.is_complex() else torch.float64).requires_grad_() for v in leaves]
+    z, b = discretise(*exact[:2])
+    wanted = torch.autograd.grad((z, b * exact[2]), exact, (dz.to(z.dtype), dc.to(z.dtype)))
+    for value, right, leaf in zip(found, wanted, leaves, strict=True):
+        assert value.dtype == leaf.dtype
+        torch.testing.assert_close(value.to(right.dtype), right, rtol=2e-7 if dtype == torch.float32 else 1e-9, atol=0)
+
+
+def test_no_gradient_of_one_part_is_zero_of_it() -> None:
+    dt, A, C = (v.requires_grad_() for v in continuous(3, 4))
+    z, c = coefficients(dt, A, C, "zoh", torch.complex64, "triton")
+    d_dt, dC = torch.autograd.grad(z.real.sum(), [dt, C], retain_graph=True)
+    torch.testing.assert_close(d_dt, A.detach().real.sum(1))
+    assert not dC.any()
+    (dA,) = torch.autograd.grad(torch.view_as_real(c).sum(), A)
+    assert torch.view_as_real(dA).all()
+
+
+def test_coefficients_are_registered_in_full() -> None:
+    tensors = tuple(v.requires_grad_() for v in continuous(3, 4))
+    torch.library.opcheck(torch.ops.mambagen.s4d_coefficients.default, tensors)
 
 
 def test_float64_is_refused_by_the_op() -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, is_plain_eager
 
 # Complex elements of a spectrum that are there at once. On a CPU a slab should fit the cache; on a GPU its kernels
-# should run for longer than it takes to launch them, and a training step should not need much more than its tensors.
+# should run for longer than it takes to launch them, and a training step should not need much more than its tensors:
+# up to five slabs are there at once, 134 MB each.
 SLAB_CPU, SLAB_GPU = 2**18, 2**24
 LEAST_ROWS = 4  # of a slab, however long they are: one channel at a time is read three times as slowly
 LEAST_CHANNELS = 32  # of a slab where rows enough fit: narrower ones read and write parts of cache lines

@@ -1,7 +1,9 @@
 """S4D, the diagonal state-space model (arXiv 2206.11893): `s4d`, a long convolution and a recurrence.
 
 discretise.py     the continuous system to one step of it, in float64
-vandermonde.py    the convolution's kernel from the step, as a product of two small factors; triton.py on a GPU
+vandermonde.py    the convolution's kernel from the step, as a product of two small factors
+triton.py         both on a GPU
+toeplitz.py       the convolution as one matrix product: short sequences on a CPU
 reference.py      the recurrence, step by step
 README.md         the derivation
 """
@@ -13,15 +15,14 @@ from torch import Tensor
 
 from mambagen.kernels.dispatch import check_shape, choose_backend
 from mambagen.kernels.fft_conv import long_conv
-from mambagen.kernels.s4d.blocks import block_conv, pays
-from mambagen.kernels.s4d.discretise import DISCRETISATIONS, discretise
+from mambagen.kernels.s4d.discretise import DISCRETISATIONS, coefficients, discretise
 from mambagen.kernels.s4d.reference import s4d_reference
+from mambagen.kernels.s4d.toeplitz import pays, toeplitz_conv
 from mambagen.kernels.s4d.vandermonde import block_length, powers, vandermonde_product
 from mambagen.kernels.ssm_conv import System, run_as_convolution
 
 __all__ = ["DISCRETISATIONS", "discretise", "s4d", "s4d_kernel", "s4d_reference", "s4d_step"]
 
-CONVOLUTIONS = ("auto", "fft", "blocks")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
@@ -37,12 +38,11 @@ def s4d(
     reverse: bool = False,
     return_final_state: bool = False,
     backend: str = "auto",
-    convolution: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Diagonal state-space systems over a sequence, each on its channels.
 
     h_t = Abar h_(t-1) + Bbar x_t;  y_t = 2 Re(C . h_t) + D x_t  with B = 1 (S4D, arXiv 2206.11893, section 3); the
-    states stand for conjugate pairs, hence 2 Re. Computed as a convolution by FFT.
+    states stand for conjugate pairs, hence 2 Re. Computed as a convolution.
 
     Args:
         x: (batch, length, channels), float32, bfloat16, float16 (computed in float32) or float64.
@@ -57,7 +57,6 @@ def s4d(
         return_final_state: also give the state after the last step that ran.
         backend: "torch" (any device), "triton" (GPU), "auto" (triton where that can run); or "reference", the
             recurrence itself.
-        convolution: "fft", or "blocks", matrix products that pay where a system serves many channels; "auto" chooses.
 
     Returns:
         y like x, or (y, final_state). First derivatives of all tensor arguments but `resets`.
@@ -72,11 +71,9 @@ def s4d(
         y = y.to(x.dtype)
         return (y, final) if return_final_state else y
     backend = choose_kernel_backend(op, backend, x)
-    if convolution not in CONVOLUTIONS:
-        raise ValueError(f"{op}: convolution is {convolution!r}; it must be one of {', '.join(CONVOLUTIONS)}")
     resets = None if resets is None else resets.bool()
     with torch.autocast(x.device.type, enabled=False):
-        system = _system(x, dt, A, C, D, discretisation, backend, convolution)
+        system = _system(x, dt, A, C, D, discretisation, backend)
         y, state = run_as_convolution(system, x, initial_state, resets, reverse, return_final_state)
     return y if state is None else (y, state)
 
@@ -85,8 +82,8 @@ def s4d_kernel(
     dt: Tensor, A: Tensor, C: Tensor, length: int, discretisation: str = "zoh", backend: str = "torch"
 ) -> Tensor:
     """The convolution kernel K_t = 2 Re(C . Abar^t Bbar), (ssms, length), float64 where C is complex128 or float64."""
-    z, b = discretise(dt, A, discretisation)
-    return vandermonde_product((C * b).to(_complex(C.dtype)), z, length, backend)
+    z, c = coefficients(dt, A, C, discretisation, _complex(C.dtype), backend)
+    return vandermonde_product(c, z, length, backend)
 
 
 def s4d_step(
@@ -162,27 +159,27 @@ def _system(
     D: Tensor | None,
     discretisation: str,
     backend: str,
-    convolution: str,
 ) -> System:
     """The discretised system as functions; float32 unless x is float64."""
-    z, b = discretise(dt, A, discretisation)
     dtype = _complex(x.dtype)
-    C = C.to(torch.complex128)
+    z, c = coefficients(dt, A, C, discretisation, dtype, backend)
     ssms = len(A)
 
     def kernel(length: int) -> Tensor:
-        return vandermonde_product((C * b).to(dtype), z, length, backend)
+        return vandermonde_product(c, z, length, backend)
 
     def convolve(x: Tensor, reverse: bool) -> Tensor:
-        if convolution == "blocks" or (convolution == "auto" and pays(x, ssms)):
-            y = block_conv(x, (C * b).to(dtype), z, reverse, backend)
+        k = kernel(x.shape[1])
+        if backend == "torch" and pays(x, ssms):
+            y = toeplitz_conv(x, k, reverse)
             return y if D is None else (y + D * x).to(x.dtype)
-        return long_conv(x, kernel(x.shape[1]), reverse, D, backend)
+        return long_conv(x, k, reverse, D, backend)
 
     def outputs(state: Tensor, length: int) -> Tensor:
         J = block_length(length)
         blocks = -(-length // J)
-        weights = (2 * C[..., None] * torch.exp(z[..., None])).mT.to(dtype) * powers(z * J, blocks, dtype).mT
+        first = 2 * C.to(z.dtype) * torch.exp(z)
+        weights = first[:, None].to(dtype) * powers(z * J, blocks, dtype).mT  # (ssms, I, state)
         h = state.to(dtype).unflatten(1, (ssms, -1))[..., None, :] * weights[:, None]  # (batch, ssms, each, I, state)
         fine = powers(z, J, dtype)[:, None]
         left, right = torch.cat([h.real, -h.imag], -1), torch.cat([fine.real, fine.imag], -2)
@@ -199,6 +196,7 @@ def _system(
             entered = torch.complex(*(rows @ weights[:, J - steps :]).chunk(2, -1))
             h = entered if h is None else h * torch.exp(z * steps).to(dtype)[:, None] + entered
         assert h is not None
+        _, b = discretise(dt, A, discretisation)
         return (h * b.to(dtype)[:, None]).flatten(1, 2)
 
     def remains(state: Tensor, length: int) -> Tensor:

@@ -1,8 +1,14 @@
 """From the continuous diagonal system to one step of it, in float64: there are few numbers, and they are raised to
-high powers, so that an error in them grows with the length."""
+high powers, so that an error in them grows with the length.
+
+In torch that is some forty operations with their gradients, each on a handful of numbers: on a GPU they take longer to
+launch than a convolution to run, so for "zoh" they are one kernel forward and one backward there (triton.py).
+"""
 
 import torch
 from torch import Tensor
+
+from mambagen.kernels.dispatch import backend_module, is_plain_eager
 
 DISCRETISATIONS = ("zoh", "bilinear")
 SMALLEST = 1e-150  # of |1 + dt A / 2|: the bilinear step forgets everything where dt A = -2, and has no logarithm
@@ -32,3 +38,80 @@ def discretise(dt: Tensor, A: Tensor, method: str = "zoh") -> tuple[Tensor, Tens
     above, below = 1 + step / 2, 1 - step / 2
     above = torch.where(above.abs() < SMALLEST, torch.full_like(above, SMALLEST), above)
     return torch.log(above) - torch.log(below), dt / below
+
+
+def coefficients(
+    dt: Tensor, A: Tensor, C: Tensor, method: str, dtype: torch.dtype, backend: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """What the kernel sum_n c_n exp(t z_n) is made of: z = log A-bar, complex128, and c = C B-bar, rounded to `dtype`.
+
+    Args:
+        dt, A, method: as of `discretise`. C: (ssms, state), real or complex.
+        dtype: complex64 or complex128.
+        backend: "torch" (any device) or "triton" (GPU; used for "zoh" and complex64).
+
+    Returns:
+        Two (ssms, state) tensors; differentiable once in dt, A and C.
+    """
+    if backend == "triton" and method == "zoh" and dtype == torch.complex64:
+        A, C = (v if v.is_complex() else v.to(torch.promote_types(v.dtype, torch.complex64)) for v in (A, C))
+        run = _Eager.apply if is_plain_eager(dt, A, C) else _forward
+        z, c = run(dt, A, C)
+        return z, c
+    z, b = discretise(dt, A, method)
+    return z, (C.to(torch.complex128) * b).to(dtype)
+
+
+@torch.library.custom_op("mambagen::s4d_coefficients", mutates_args=())
+def _forward(dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    return _forward_now(dt, A, C)
+
+
+def _forward_now(dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    z, c = backend_module("s4d", "triton").coefficients(dt, A, C)
+    return z, c
+
+
+@_forward.register_fake
+def _(dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape, dtype=torch.complex128), C.new_empty(C.shape, dtype=torch.complex64)
+
+
+@torch.library.custom_op("mambagen::s4d_coefficients_backward", mutates_args=())
+def _backward(dz: Tensor, dc: Tensor, dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_now(dz, dc, dt, A, C)
+
+
+def _backward_now(dz: Tensor, dc: Tensor, dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_dt, dA, dC = backend_module("s4d", "triton").coefficient_gradients(dz, dc, dt, A, C)
+    return d_dt, dA, dC
+
+
+@_backward.register_fake
+def _(dz: Tensor, dc: Tensor, dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return dt.new_empty(dt.shape), A.new_empty(A.shape), C.new_empty(C.shape)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, dz, dc):  # type: ignore[no-untyped-def]
+    return _backward(dz, dc, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The same op entered without the dispatcher, which costs several times the Python of this."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        _setup(ctx, inputs, None)
+        return _forward_now(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dz, dc):  # type: ignore[no-untyped-def]
+        return _backward_now(dz, dc, *ctx.saved_tensors)

@@ -1,11 +1,13 @@
-"""The Vandermonde product and its gradients in Triton: any GPU that Triton compiles for, and its interpreter.
+"""A system's coefficients, its kernel and their gradients in Triton: any GPU that Triton compiles for, and its
+interpreter. Five launches in all: the numbers are so few that launching is what takes the time.
 
-A program computes ROWS x COLUMNS consecutive values of one kernel: with t = t0 + i COLUMNS + j the factors
-exp((t0 + i COLUMNS) z) and exp(j z) are made in registers, a few states at a time, and multiplied. So nothing is read
-but c and z, and nothing written but the kernel. The backward makes the same factors and leaves one sum a program, which
-are added in fixed order.
+The coefficients and their gradients are float64, a program a system.
 
-Only the phase is reduced in float64 (a product, a floor and a difference an element of a factor); the rest is float32.
+The kernel is the Vandermonde product. A program computes ROWS x COLUMNS consecutive values of one kernel: with
+t = t0 + i COLUMNS + j the factors exp((t0 + i COLUMNS) z) and exp(j z) are made in registers, a few states at a time,
+and multiplied. So nothing is read but c and z, and nothing written but the kernel. The backward makes the same factors
+and leaves one sum a program, which another kernel adds in fixed order. Only the phase is reduced in float64 (a product,
+a floor and a difference an element of a factor); the rest is float32.
 """
 
 import torch
@@ -18,6 +20,7 @@ from mambagen.kernels.triton_turns import half_turn
 
 ROWS, COLUMNS = 16, 64  # with twice the rows the backward spills
 STATES = 16  # at a time
+SUMMED = 32  # blocks whose sums are read at a time
 
 TURNS = tl.constexpr(0.15915494309189535)  # 1 / (2 pi)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -43,34 +46,53 @@ def forward(c: Tensor, z: Tensor, length: int) -> Tensor:
     return K
 
 
-def moments(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_t g_t exp(t z) and sum_t t g_t exp(t z): (ssms, state) complex128 each, for g (ssms, length) float32."""
+def gradients(g: Tensor, c: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """dc = 2 conj(sum_t g_t exp(t z)), dz = 2 conj(c sum_t t g_t exp(t z)) like c and z; g (ssms, length) float32."""
     ssms, state = z.shape
     length = g.shape[1]
     blocks = triton.cdiv(length, ROWS * COLUMNS)
     parts = torch.empty(ssms, blocks, 4, state, dtype=torch.float32, device=g.device)
+    dc, dz = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (c, z))
     with on_device_of(g):
         moments_kernel[(ssms * blocks,)](
             g.contiguous(), _pairs(z), parts, length, blocks,
             STATE=state, ROWS=ROWS, COLUMNS=COLUMNS, STATES=STATES, num_warps=4,
         )  # fmt: skip
-    first = torch.arange(blocks, device=g.device, dtype=torch.float64)[:, None] * (ROWS * COLUMNS)
-    re, im, t_re, t_im = parts.double().unbind(2)  # the weights t are counted from the start of each block
-    sums = torch.complex(re, im)
-    return sums.sum(1), (torch.complex(t_re, t_im) + first * sums).sum(1)
+        sums_kernel[(ssms * triton.cdiv(state, STATES),)](
+            parts, _pairs(c), torch.view_as_real(dc), torch.view_as_real(dz), blocks,
+            STATE=state, BLOCK=ROWS * COLUMNS, SUMMED=SUMMED, STATES=STATES, num_warps=4,
+        )  # fmt: skip
+    return dc, dz
 
 
-def carry(entered: Tensor, a: Tensor, batch: int, backwards: bool) -> Tensor:
-    """The states that blocks begin with from what entered in each, in place.
+def coefficients(dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """z = dt A, complex128, and C (exp(z) - 1) / A, complex64: (ssms, state) from complex A and C of any precision."""
+    z = torch.empty(A.shape, dtype=torch.complex128, device=A.device)
+    c = torch.empty(A.shape, dtype=torch.complex64, device=A.device)
+    with on_device_of(A):
+        coefficients_kernel[(len(A),)](
+            dt.contiguous(), _pairs(A), _pairs(C), torch.view_as_real(z), torch.view_as_real(c),
+            **_lanes(A.shape[1]),
+        )  # fmt: skip
+    return z, c
 
-    entered: (batch * blocks, 2 state, channels) float32, imaginary parts after the real ones; a: (state,) complex64.
-    """
-    blocks, elements = entered.shape[0] // batch, entered.shape[1] * entered.shape[2] // 2
-    with on_device_of(entered):
-        carry_kernel[(batch * triton.cdiv(elements, 256),)](
-            entered, _pairs(a), blocks, elements, entered.shape[2], BACKWARDS=backwards, BLOCK=256, num_warps=4
-        )
-    return entered
+
+def coefficient_gradients(dz: Tensor, dc: Tensor, dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients like dt, A and C from those of z and c."""
+    d_dt, dA, dC = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (dt, A, C))
+    with on_device_of(A):
+        coefficient_gradients_kernel[(len(A),)](
+            _pairs(dz), _pairs(dc), dt.contiguous(), _pairs(A), _pairs(C),
+            d_dt, torch.view_as_real(dA), torch.view_as_real(dC),
+            **_lanes(A.shape[1]),
+        )  # fmt: skip
+    return d_dt, dA, dC
+
+
+def _lanes(state: int) -> dict[str, int]:
+    """A lane a state, and the warps for some of them each."""
+    block = triton.next_power_of_2(state)
+    return {"STATE": state, "BLOCK": block, "num_warps": min(max(block // 32, 1), 8)}
 
 
 def _pairs(v: Tensor) -> Tensor:
@@ -140,26 +162,108 @@ def moments_kernel(
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def carry_kernel(entered, a, blocks, elements, channels, BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
-    tiles = tl.cdiv(elements, BLOCK)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    e = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < elements
-    a_re = tl.load(a + e // channels * 2, mask=inside, other=0.0)
-    a_im = tl.load(a + e // channels * 2 + 1, mask=inside, other=0.0)
-    step = tl.cast(elements, tl.int64) * 2
-    row = entered + batch * blocks * step + e
-    if BACKWARDS:
-        row += (blocks - 1) * step
-        step = -step
-    h_re = tl.zeros([BLOCK], tl.float32)
-    h_im = tl.zeros([BLOCK], tl.float32)
-    for _ in range(blocks):
-        re = tl.load(row, mask=inside, other=0.0)
-        im = tl.load(row + elements, mask=inside, other=0.0)
-        tl.store(row, h_re, mask=inside)
-        tl.store(row + elements, h_im, mask=inside)
-        next_re = a_re * h_re - a_im * h_im + re
-        h_im = a_re * h_im + a_im * h_re + im
-        h_re = next_re
-        row += step
+def sums_kernel(
+    parts, c, dc, dz, blocks,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(STATE, STATES)
+    ssm = (tl.program_id(0) // columns).to(tl.int64)
+    n = (tl.program_id(0) % columns) * STATES + tl.arange(0, STATES)
+    re = tl.zeros([SUMMED, STATES], tl.float64)
+    im = tl.zeros([SUMMED, STATES], tl.float64)
+    t_re = tl.zeros([SUMMED, STATES], tl.float64)
+    t_im = tl.zeros([SUMMED, STATES], tl.float64)
+    for first in range(0, blocks, SUMMED):
+        block = first + tl.arange(0, SUMMED)
+        inside = (block < blocks)[:, None] & (n < STATE)[None, :]
+        at = parts + (ssm * blocks + block[:, None]) * (4 * STATE) + n[None, :]
+        p_re = tl.load(at, mask=inside, other=0.0).to(tl.float64)
+        p_im = tl.load(at + STATE, mask=inside, other=0.0).to(tl.float64)
+        start = (block.to(tl.float64) * BLOCK)[:, None]  # the weights t are counted from the start of each block
+        re += p_re
+        im += p_im
+        t_re += tl.load(at + 2 * STATE, mask=inside, other=0.0).to(tl.float64) + start * p_re
+        t_im += tl.load(at + 3 * STATE, mask=inside, other=0.0).to(tl.float64) + start * p_im
+    place, real = (ssm * STATE + n) * 2, n < STATE
+    c_re = tl.load(c + place, mask=real, other=0.0).to(tl.float64)
+    c_im = tl.load(c + place + 1, mask=real, other=0.0).to(tl.float64)
+    m_re, m_im = tl.sum(t_re, 0), tl.sum(t_im, 0)
+    tl.store(dc + place, (2 * tl.sum(re, 0)).to(dc.dtype.element_ty), mask=real)
+    tl.store(dc + place + 1, (-2 * tl.sum(im, 0)).to(dc.dtype.element_ty), mask=real)
+    tl.store(dz + place, 2 * (c_re * m_re - c_im * m_im), mask=real)
+    tl.store(dz + place + 1, -2 * (c_re * m_im + c_im * m_re), mask=real)
+
+
+@triton.jit
+def load_pairs(base, place, inside):
+    """Real and imaginary parts as float64."""
+    re = tl.load(base + place, mask=inside, other=0.0).to(tl.float64)
+    return re, tl.load(base + place + 1, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def store_pairs(base, place, inside, re, im):
+    tl.store(base + place, re.to(base.dtype.element_ty), mask=inside)
+    tl.store(base + place + 1, im.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def divided(a_re, a_im, s_re, s_im, size):
+    """a / s, where `size` is |s|^2."""
+    return (a_re * s_re + a_im * s_im) / size, (a_im * s_re - a_re * s_im) / size
+
+
+@triton.jit
+def growth(s_re, s_im):
+    """phi = (exp(s) - 1) / s and its derivative (exp(s) - phi) / s; by their series where s is tiny (A may be 0)."""
+    size = s_re * s_re + s_im * s_im
+    tiny = size < 1e-8
+    size = tl.where(tiny, 1.0, size)
+    e_re, e_im = tl.exp(s_re) * tl.cos(s_im), tl.exp(s_re) * tl.sin(s_im)
+    phi_re, phi_im = divided(e_re - 1, e_im, s_re, s_im, size)
+    phi_re = tl.where(tiny, 1 + s_re / 2 + (s_re * s_re - s_im * s_im) / 6, phi_re)
+    phi_im = tl.where(tiny, s_im / 2 + s_re * s_im / 3, phi_im)
+    slope_re, slope_im = divided(e_re - phi_re, e_im - phi_im, s_re, s_im, size)
+    slope_re = tl.where(tiny, 0.5 + s_re / 3, slope_re)
+    slope_im = tl.where(tiny, s_im / 3, slope_im)
+    return phi_re, phi_im, slope_re, slope_im
+
+
+@triton.jit
+def coefficients_kernel(dt, A, C, z, c, STATE: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    inside = n < STATE
+    place = (tl.program_id(0) * STATE + n) * 2
+    step = tl.load(dt + tl.program_id(0)).to(tl.float64)
+    A_re, A_im = load_pairs(A, place, inside)
+    C_re, C_im = load_pairs(C, place, inside)
+    z_re, z_im = step * A_re, step * A_im
+    phi_re, phi_im, _, _ = growth(z_re, z_im)
+    b_re, b_im = step * phi_re, step * phi_im
+    store_pairs(z, place, inside, z_re, z_im)
+    store_pairs(c, place, inside, C_re * b_re - C_im * b_im, C_re * b_im + C_im * b_re)
+
+
+@triton.jit
+def coefficient_gradients_kernel(
+    dz, dc, dt, A, C, d_dt, dA, dC, STATE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    n = tl.arange(0, BLOCK)
+    inside = n < STATE
+    place = (tl.program_id(0) * STATE + n) * 2
+    step = tl.load(dt + tl.program_id(0)).to(tl.float64)
+    A_re, A_im = load_pairs(A, place, inside)
+    C_re, C_im = load_pairs(C, place, inside)
+    g_re, g_im = load_pairs(dc, place, inside)
+    z_re, z_im = load_pairs(dz, place, inside)
+    phi_re, phi_im, slope_re, slope_im = growth(step * A_re, step * A_im)
+    # of C: dc conj(b), b = dt phi; of b: dc conj(C)
+    dC_re, dC_im = step * (g_re * phi_re + g_im * phi_im), step * (g_im * phi_re - g_re * phi_im)
+    store_pairs(dC, place, inside, dC_re, dC_im)
+    b_re, b_im = g_re * C_re + g_im * C_im, g_im * C_re - g_re * C_im
+    # of dt A: dz + dt db conj(phi')
+    z_re += step * (b_re * slope_re + b_im * slope_im)
+    z_im += step * (b_im * slope_re - b_re * slope_im)
+    store_pairs(dA, place, inside, step * z_re, step * z_im)
+    d_step = tl.sum(A_re * z_re + A_im * z_im + b_re * phi_re + b_im * phi_im, 0)
+    tl.store(d_dt + tl.program_id(0), d_step.to(d_dt.dtype.element_ty))

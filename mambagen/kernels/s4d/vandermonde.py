@@ -86,10 +86,10 @@ def _backward(g: Tensor, c: Tensor, z: Tensor, backend: str) -> tuple[Tensor, Te
 
 def _backward_now(g: Tensor, c: Tensor, z: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        first, moment = backend_module("s4d", "triton").moments(g, z)
-    else:
-        pairs = [_moments(g[cut], z[cut], c.dtype) for cut in _slabs(z, g.shape[1])]
-        first, moment = (torch.cat(part) for part in zip(*pairs, strict=True))
+        dc, dz = backend_module("s4d", "triton").gradients(g, c, z)
+        return dc, dz
+    pairs = [_moments(g[cut], z[cut], c.dtype) for cut in _slabs(z, g.shape[1])]
+    first, moment = (torch.cat(part) for part in zip(*pairs, strict=True))
     return (2 * first.conj_physical()).to(c.dtype), (2 * (c * moment).conj_physical()).to(z.dtype)
 
 
