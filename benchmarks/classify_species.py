@@ -1,10 +1,12 @@
 """Peak memory and time of `mambagen classify-species`: one long record, and many short ones.
 
     python -m benchmarks.classify_species FASTA [--model species] [--megabases 1 5 10 100] [--contigs 100000]
+        [--all-windows-to 10]
 
 Each row is one run of the command in a process of its own, over one record that is the FASTA's bases joined end to end,
-once with at most 256 windows and once with all of them, or over contigs of 200 to 1,000 bases. Peak memory is what the
-system counted for the process; processor seconds say the same on a machine that does other things too.
+once with at most 256 windows and once with all of them (if it has no more than --all-windows-to megabases: their time
+grows with it), or over contigs of 200 to 1,000 bases. Peak memory is what the system counted for the process; processor
+seconds say the same on a machine that does other things too.
 """
 
 import argparse
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("fasta", type=Path, help="real sequence")
     parser.add_argument("--model", default="species", help="a model's folder, or a built-in one")
     parser.add_argument("--megabases", type=float, nargs="+", default=[1, 5, 10, 100])
+    parser.add_argument("--all-windows-to", type=float, default=float("inf"), help="megabases; 0: never all windows")
     parser.add_argument("--contigs", type=int, default=100_000)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="write the rows as JSON")
@@ -64,7 +67,8 @@ def main() -> None:
             bases = round(megabases * 1e6)
             write_record(options.fasta, bases, fasta)
             add("one record", bases, fasta)
-            add("one record, all windows", bases, fasta, "--all-windows")
+            if megabases <= options.all_windows_to:
+                add("one record, all windows", bases, fasta, "--all-windows")
         if options.contigs:
             write_record(options.fasta, 1_000_000, fasta)
             contigs = Path(folder, "contigs.fa")
