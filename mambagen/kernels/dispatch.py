@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from types import ModuleType
 
 import torch
@@ -38,12 +39,13 @@ def choose_backend(op: str, backend: str, x: Tensor, **facts: object) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _module_or_reason(op: str, backend: str) -> ModuleType | str:
-    """The backend's module, or why it cannot be imported; a constant under torch.compile, which traces no imports."""
+def _import_error(op: str, backend: str) -> str | None:
+    """Why the backend's module cannot be imported, or None; a constant under torch.compile, which traces no imports."""
     try:
-        return backend_module(op, backend)
+        backend_module(op, backend)
     except ImportError as error:
         return f"it cannot be imported here ({error})"
+    return None
 
 
 def _unsupported(op: str, backend: str, x: Tensor, facts: dict[str, object]) -> str | None:
@@ -55,10 +57,11 @@ def _unsupported(op: str, backend: str, x: Tensor, facts: dict[str, object]) -> 
         return f"the tensors are on {x.device}"
     if x.dtype == torch.float64:
         return "float64 runs on the reference only"
-    module = _module_or_reason(op, backend)
-    if isinstance(module, str):
-        return module
-    check = getattr(module, "unsupported", None)
+    reason = _import_error(op, backend)
+    if reason is not None:
+        return reason
+    # from sys.modules, where torch.compile can guard it: functions of a module that is a constant it cannot call
+    check = getattr(sys.modules[f"mambagen.kernels.{op}.{backend}"], "unsupported", None)
     return check(x, **facts) if check else None
 
 

@@ -1,6 +1,7 @@
 """Coefficients and the Vandermonde product in Triton against float64; without a GPU in Triton's interpreter."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,19 @@ def test_no_gradient_of_one_part_is_zero_of_it() -> None:
 def test_coefficients_are_registered_in_full() -> None:
     tensors = tuple(v.requires_grad_() for v in continuous(3, 4))
     torch.library.opcheck(torch.ops.mambagen.s4d_coefficients.default, tensors)
+
+
+def test_torch_compile_takes_the_op_into_its_graph() -> None:
+    case = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in draw(initial=False).items()}
+
+    def gradients(of: Callable[..., Any]) -> tuple[torch.Tensor, ...]:
+        leaves = {name: case[name].clone().requires_grad_() for name in ("x", "dt", "A", "C", "D")}
+        y = of(**{**case, **leaves}, backend="triton")
+        return y.detach(), *torch.autograd.grad(y.square().sum(), list(leaves.values()))
+
+    compiled = torch.compile(s4d, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(gradients(compiled), gradients(s4d), strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_float64_is_refused_by_the_op() -> None:
