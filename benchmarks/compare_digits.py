@@ -8,12 +8,16 @@ OUT/rows.json keeps what is done, and OUT/NAME what was done of a row: its run (
 trained.json, the clips. So the same command goes on where it stopped, and nothing is done twice (`--only NAME` runs one
 row). Each row leaves OUT/NAME/judged/report.html to listen to.
 
+With several --lr each generator is first trained for --trial-minutes with each of them, and takes the one by which its
+held-out clips are likeliest.
+
 --data is what `pretrain-audio` takes, prepared shards included. With --real (a Speech Commands folder, a table of
 clips, or `sc09`) the reference is made of it, and the likelihood is also taken of its test clips.
 """
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
@@ -47,7 +51,7 @@ from mambagen.pipelines.pretrain_audio import (
 )
 from mambagen.pipelines.sc09_data import read_words
 from mambagen.pipelines.sc09_generation import Generator, Made, Sampling
-from mambagen.pipelines.sc09_report import own_rows
+from mambagen.pipelines.sc09_report import own_rows, with_interval
 from mambagen.pipelines.sc09_results import EvalSc09Config
 from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
 from mambagen.training.loop import choose_device, train
@@ -105,7 +109,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--n-layer", type=int, default=8, help="of the U-Nets, a stage")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, nargs="+", default=[2e-3])
+    parser.add_argument(
+        "--trial-minutes", type=float, default=0.25, help="of each learning rate, where there are several"
+    )
     parser.add_argument("--judge", default="digit-judge")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", choices=list(MODELS))
@@ -131,12 +138,31 @@ def measure(arguments: argparse.Namespace, name: str) -> tuple[list[dict[str, An
         "data": arguments.data, "labels": DIGITS, "minutes": arguments.minutes, "batch": arguments.batch,
         "n_layer": arguments.n_layer, "lr": arguments.lr, "samples": 0, **MODELS[name],
     }  # fmt: skip
+    if len(arguments.lr) > 1:
+        settings["trial_minutes"] = arguments.trial_minutes
     begun_with = json.loads(json.dumps(settings))  # tuples are lists there
     if kept(place / "settings.json", lambda: begun_with) != begun_with:
         raise SystemExit(f"{place}: was begun with other settings (settings.json); give another --out, or remove it")
-    config = with_recipe(None, {**settings, "data": tuple(arguments.data), "device": arguments.device})
+    settings.pop("trial_minutes", None)
+
+    def configured(lr: float, minutes: float) -> PretrainAudioConfig:
+        given = {"data": tuple(arguments.data), "device": arguments.device, "lr": lr, "minutes": minutes}
+        return with_recipe(None, {**settings, **given})
+
     with Progress() as progress:
         train_one = train_wavenet if name == "wavenet" else train_unet
+
+        def chosen() -> dict[str, Any]:
+            losses = {}
+            for lr in arguments.lr:
+                shutil.rmtree(place / "trial", ignore_errors=True)
+                losses[lr] = train_one(configured(lr, arguments.trial_minutes), place / "trial", progress).loss
+                report(name, f"learning rate {lr:g}: {losses[lr]:.4f} nats a sample")
+            shutil.rmtree(place / "trial")
+            return {"lr": min(losses, key=lambda lr: losses[lr] or math.inf), "losses": list(losses.values())}
+
+        lr = kept(place / "lr.json", chosen)["lr"] if len(arguments.lr) > 1 else arguments.lr[0]
+        config = configured(lr, arguments.minutes)
         trained = Trained(**kept(place / "trained.json", lambda: asdict(train_one(config, place / "run", progress))))
         report(name, f"{trained.steps:,} steps in {trained.seconds:.0f} s")
         generator = open_generator(name, Path(trained.checkpoint), config, progress)
@@ -148,7 +174,7 @@ def measure(arguments: argparse.Namespace, name: str) -> tuple[list[dict[str, An
     nll = None
     if arguments.real:
         words = read_words(arguments.real)
-        nll = generator.likelihood(words.select(words.where(split="test", labels=DIGITS))).nats
+        nll = with_interval(generator.likelihood(words.select(words.where(split="test", labels=DIGITS))).interval, 3)
     shutil.rmtree(place / "judged", ignore_errors=True)  # of a judgement that was stopped
     judged = eval_sc09(
         EvalSc09Config(samples=str(clips), data=arguments.real, judge=arguments.judge, device=arguments.device),
@@ -158,13 +184,14 @@ def measure(arguments: argparse.Namespace, name: str) -> tuple[list[dict[str, An
 
     def row(cells: list[str], **facts: Any) -> dict[str, Any]:
         figures = dict(zip(("FID", "IS", "mIS", "AM"), cells[3:], strict=True))
-        names = ("parameters", "steps", "minutes", "valid NLL", "test NLL", "s to make", "clips/s")
+        names = ("parameters", "lr", "steps", "minutes", "valid NLL", "test NLL", "s to make", "clips/s")
         return {"clips of": cells[0], **{k: facts.get(k) for k in names}, "N": cells[1], **figures}
 
     ours[0] = name
     return [row(cells) for cells in real], row(
         ours,
         parameters=generator.parameters,
+        lr=lr,
         steps=trained.steps,
         minutes=round(trained.seconds / 60, 2),
         **{

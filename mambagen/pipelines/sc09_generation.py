@@ -22,6 +22,7 @@ from mambagen.models.builtin import find_model
 from mambagen.models.files import first_fault
 from mambagen.models.saving import CONFIG, load_model
 from mambagen.pipelines.audio_language_model import shifted
+from mambagen.pipelines.sc09_metrics import BOOTSTRAP_DRAWS, Interval, bootstrap
 
 BITS = 1 / np.log(2)
 AT_ONCE = {"cpu": 8, "cuda": 512}  # streams of generation
@@ -53,13 +54,26 @@ class Likelihood:
     """Negative log-likelihood of real clips, their own samples only."""
 
     nats: float  # a sample
+    low: float  # 95 % of what clips drawn anew give
+    high: float
     clips: int
     samples: int
+
+    @classmethod
+    def of(cls, nats: NDArray[np.float64], lengths: NDArray[np.int64]) -> "Likelihood":
+        """Of sums in nats and samples, one a clip: their quotient, with the interval of drawing clips anew."""
+        found = bootstrap(lambda rows: float(nats[rows].sum() / lengths[rows].sum()), len(nats), BOOTSTRAP_DRAWS, 0)
+        return cls(found.value, found.low, found.high, len(nats), int(lengths.sum()))
 
     @property
     def bits(self) -> float:
         """Bits a sample."""
         return float(self.nats * BITS)
+
+    @property
+    def interval(self) -> Interval:
+        """As the other figures have it."""
+        return Interval(self.nats, self.low, self.high)
 
 
 class Generator:
@@ -122,7 +136,8 @@ class Generator:
         """
         rows = np.arange(len(clips)) if limit is None else np.unique(np.linspace(0, len(clips) - 1, limit).astype(int))
         rate = self.quantiser.rate
-        nats, samples = 0.0, 0
+        nats: list[NDArray[np.float64]] = []
+        samples: list[NDArray[np.int64]] = []
         step = SCORED_AT_ONCE[self.device.type]
         for at in range(0, len(rows), step):
             chosen = rows[at : at + step]
@@ -134,11 +149,11 @@ class Generator:
             classes = None
             if self.conditional:
                 classes = np.array([self.digits[DIGITS.index(clips.labels[int(row)])] for row in chosen])
-            nats -= float(self.log_likelihoods(tokens, lengths, classes).sum())
-            samples += int(lengths.sum())
+            nats.append(-self.log_likelihoods(tokens, lengths, classes))
+            samples.append(lengths)
             if done is not None:
                 done(at + len(chosen))
-        return Likelihood(nats / samples, len(rows), samples)
+        return Likelihood.of(np.concatenate(nats), np.concatenate(samples))
 
     @torch.no_grad()
     def log_likelihoods(

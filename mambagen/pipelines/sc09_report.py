@@ -72,7 +72,7 @@ def bias_warning(result: EvalSc09Result) -> str:
 
 def own_rows(result: EvalSc09Result) -> list[list[str]]:
     """This evaluation and the real data beside it."""
-    nll = "" if result.nll is None else f"{result.nll.nats:.3f}"
+    nll = "" if result.nll is None else with_interval(result.nll.interval, 3)
     rows = [
         [result.name, f"{result.scores.count:,}", nll]
         + [with_interval(interval) for interval in result.scores.intervals.values()]
@@ -93,9 +93,9 @@ def published_rows() -> list[list[str]]:
     ]
 
 
-def with_interval(interval: Interval) -> str:
+def with_interval(interval: Interval, digits: int = 2) -> str:
     """A figure and its interval."""
-    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+    return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 
 def table_note(result: EvalSc09Result) -> str:

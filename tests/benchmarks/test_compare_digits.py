@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import compare_digits
 from benchmarks.wavenet import WaveNet
+from mambagen.pipelines.pretrain_audio import PretrainAudioConfig
 
 RATE = 16_000
 
@@ -93,6 +94,40 @@ def test_a_row_whose_clips_failed_goes_on_with_them(
     assert rows[0]["clips/s"] == pytest.approx(3 / seconds)
     monkeypatch.setattr(compare_digits, "measure", no_more)
     run()
+
+
+def test_each_generator_has_the_learning_rate_that_suits_it(
+    clips: Path, judge: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[float, float]] = []
+
+    def trained(config: PretrainAudioConfig, run: Path, progress: object) -> compare_digits.Trained:
+        run.mkdir(parents=True)
+        assert config.minutes is not None
+        tried.append((config.lr, config.minutes))
+        return compare_digits.Trained("nowhere", abs(config.lr - 0.004) + 1, 7, 60.0)
+
+    monkeypatch.setattr(compare_digits, "train_unet", trained)
+    monkeypatch.setattr(compare_digits, "open_generator", lambda *_: SimpleNamespace(parameters=5))
+    monkeypatch.setattr(compare_digits, "make_clips", lambda *_: 2.0)
+    command = [
+        "compare_digits",
+        "--data",
+        str(clips),
+        "--only",
+        "mamba",
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    command += ["--out", str(tmp_path / "out"), "--minutes", "3", "--lr", "0.001", "0.005", "0.02"]
+    monkeypatch.setattr(sys, "argv", command)
+    compare_digits.main()
+    assert tried == [(0.001, 0.25), (0.005, 0.25), (0.02, 0.25), (0.005, 3.0)]
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
+    assert rows[0]["lr"] == 0.005
+    assert not (tmp_path / "out" / "mamba" / "trial").exists()
 
 
 def test_a_training_that_was_stopped_goes_on(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

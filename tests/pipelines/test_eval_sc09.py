@@ -283,6 +283,7 @@ def test_a_model_is_asked_for_clips_and_its_likelihood_of_real_ones_is_measured(
     assert result["nll"]["nats"] == pytest.approx(total / samples, rel=1e-4)
     assert result["nll"]["bits"] == pytest.approx(total / samples / np.log(2), rel=1e-4)
     assert result["nll"]["samples"] == samples
+    assert result["nll"]["low"] < result["nll"]["nats"] < result["nll"]["high"] < result["nll"]["nats"] * 1.1
 
     from mambagen.pipelines.sc09_generation import Sampling
 
