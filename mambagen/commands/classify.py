@@ -45,7 +45,8 @@ def classify(
     """Tell the class of each record of a FASTA.
 
     MODEL is the folder `model` of a run of train-classifier. Prints a row a record: its name, its length, the likeliest
-    class, and the probability of each class. FASTA may be several files, gzip, GenBank, or - for stdin.
+    class, and the probability of each class; "unknown" for a record without bases. FASTA may be several files, gzip,
+    GenBank, or - for stdin.
     """
     if "-" in fasta and sys.stdin.isatty():
         raise UsageError("- reads from stdin, which is a terminal here; give a file or pipe one in")
@@ -60,11 +61,11 @@ def classify(
             stream.write("\t".join(["record", "length", "class", *(f"p_{name}" for name in classifier.classes)]) + "\n")
         for row in each_file(classifier, fasta):
             if as_json:
-                chances = dict(zip(classifier.classes, row.probabilities, strict=True))
+                chances = row.probabilities and dict(zip(classifier.classes, row.probabilities, strict=True))
                 fields = {"file": row.path, "record": row.record, "length": row.length, "class": row.predicted}
                 stream.write(json.dumps(fields | {"probabilities": chances}) + "\n")
             else:
-                values = (f"{value:.6f}" for value in row.probabilities)
+                values = [f"{value:.6f}" for value in row.probabilities or ()] or [""] * len(classifier.classes)
                 stream.write("\t".join([row.record, str(row.length), row.predicted, *values]) + "\n")
 
 

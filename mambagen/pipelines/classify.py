@@ -23,6 +23,7 @@ from mambagen.models.heads import SequenceClassifier
 from mambagen.pipelines.sequence_classification import predict
 from mambagen.training.loop import choose_device
 
+UNKNOWN = "unknown"
 AT_A_TIME = 64  # batches of bases that are read before they are sorted by length
 
 
@@ -33,8 +34,8 @@ class Classified:
     path: str
     record: str
     length: int
-    predicted: str
-    probabilities: tuple[float, ...]
+    predicted: str  # "unknown" for a record without bases
+    probabilities: tuple[float, ...] | None  # None for a record without bases
 
 
 class Classifier:
@@ -54,19 +55,23 @@ class Classifier:
 
     def rows(self, records: Sequence[Record]) -> Iterator[Classified]:
         """The records' classes."""
-        if not records:
-            return
-        sequences = [self.tokenizer.encode(record.sequence) for record in records]
-        chances = np.exp(predict(self.model, sequences, self.batch_tokens, self.average_strands))
-        for record, row in zip(records, chances, strict=True):
-            predicted = self.classes[int(row.argmax())]
-            yield Classified(record.path, record.id, len(record), predicted, tuple(row.tolist()))
+        sequences = [self.tokenizer.encode(record.sequence) for record in records if len(record)]
+        chances = iter(())
+        if sequences:
+            chances = iter(np.exp(predict(self.model, sequences, self.batch_tokens, self.average_strands)))
+        for record in records:
+            if len(record):
+                row = next(chances)
+                predicted = self.classes[int(row.argmax())]
+                yield Classified(record.path, record.id, len(record), predicted, tuple(row.tolist()))
+            else:
+                yield Classified(record.path, record.id, 0, UNKNOWN, None)
 
     def file(self, path: Path | str) -> Iterator[Classified]:
         """The records of one file, some at a time."""
         held: list[Record] = []
         bases = 0
-        for record in read_records(path):
+        for record in read_records(path, keep_empty=True):  # every record gets its row
             held.append(record)
             bases += len(record)
             if bases >= AT_A_TIME * self.batch_tokens:

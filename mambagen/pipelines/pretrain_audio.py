@@ -68,6 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "conditional": True,
         "labels": DIGITS,
         "unconditional": 0.1,
+        "class_contrast": 5.0,
         "pad": "silence",
         "gain_db": 6.0,
         "shift": 0.15,

@@ -238,6 +238,20 @@ def test_one_bad_file_does_not_keep_the_others_from_being_done(
     assert (code, out.splitlines()[1].split("\t")[0]) == (0, "e")
 
 
+def test_a_record_without_bases_has_its_row(run: Run, tmp_path: Path) -> None:
+    model = a_classifier(tmp_path / "m")
+    Path("some.fa").write_text(">a\nACGT\n>nothing\n>b\nAC\n>last\n")
+    code, out, err = run("classify", model, "some.fa")
+    rows = [line.split("\t") for line in out.splitlines()[1:]]
+    assert (code, [row[0] for row in rows]) == (0, ["a", "nothing", "b", "last"])
+    assert rows[1] == ["nothing", "0", "unknown", "", "", ""]
+    assert sum(float(value) for value in rows[2][3:]) == pytest.approx(1, abs=1e-5)
+    assert "record 'nothing' is empty" in err
+    answers = [json.loads(line) for line in run("classify", model, "some.fa", "--json")[1].splitlines()]
+    assert (answers[1]["class"], answers[1]["probabilities"]) == ("unknown", None)
+    assert answers[2]["probabilities"].keys() == {"a", "b", "c"}
+
+
 def test_averaging_strands_gives_both_strands_one_answer(run: Run, tmp_path: Path) -> None:
     model = a_classifier(tmp_path / "m")
     text = random_dna(50, 4)
