@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from mambagen.data.dna_tokens import DnaTokenizer
@@ -56,7 +57,7 @@ class Classifier:
     def rows(self, records: Sequence[Record]) -> Iterator[Classified]:
         """The records' classes."""
         sequences = [self.tokenizer.encode(record.sequence) for record in records if len(record)]
-        chances = iter(())
+        chances: Iterator[NDArray[np.float64]] = iter(())
         if sequences:
             chances = iter(np.exp(predict(self.model, sequences, self.batch_tokens, self.average_strands)))
         for record in records:
