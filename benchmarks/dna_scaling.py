@@ -3,10 +3,13 @@
     python -m benchmarks.dna_scaling --data genomes/*.fa.gz --splits splits.bed --runs scaling --out scaling.json \\
         --figure scaling.png [--tokens 134217728] [--device cuda]
     python -m benchmarks.dna_scaling ... --sizes --tokens 536870912         # the contexts alone, four times as long
+    python -m benchmarks.dna_scaling ... --sizes --base-tokens 536870912    # the contexts, all from one trained model
 
 Two series through `pretrain_dna`, each model on the same number of tokens: the sizes 250k to 7m at a context of 1,024,
-then the 1.4m model at growing contexts with sequence-length warmup from 1,024. The runs stay in `--runs`, each with its
-checkpoint; a run that is there is resumed.
+then the 1.4m model at growing contexts with sequence-length warmup from 1,024. Short runs from scratch differ by their
+luck more than by their context; with --base-tokens the second series begins with the weights of one model that has had
+so many tokens at 1,024, and goes on at each context, 1,024 among them, with the learning rate --branch-lr. The runs
+stay in `--runs`, each with its checkpoint; a run that is there is resumed.
 
 After its training every model is measured on the same held-out bases, whatever its context: in windows of its context
 side by side, each read alone ("perplexity"), and with the state carried from end to end of each held-out stretch
@@ -80,17 +83,17 @@ class HeldOut:
         return found
 
 
-def one(options: argparse.Namespace, name: str, **settings: Any) -> PretrainDnaResult:
+def one(options: argparse.Namespace, name: str, tokens: int, **settings: Any) -> PretrainDnaResult:
     """A run of this name: begun, or gone on with where it is there."""
     folder = Path(options.runs) / name
     if (folder / "config.toml").exists():
         before = tomllib.loads((folder / "config.toml").read_text())
         budget = before["steps"] * before["batch_tokens"]
-        if abs(budget - options.tokens) >= before["batch_tokens"]:
-            raise SystemExit(f"{folder}: a run of {budget:,} tokens, not {options.tokens:,}; give another --runs")
+        if abs(budget - tokens) >= before["batch_tokens"]:
+            raise SystemExit(f"{folder}: a run of {budget:,} tokens, not {tokens:,}; give another --runs")
         return resume_pretrain_dna(folder, {})
     config = PretrainDnaConfig(
-        data=tuple(options.data), splits=options.splits, tokens=options.tokens, valid_tokens=OWN_LOOK,
+        data=tuple(options.data), splits=options.splits, tokens=tokens, valid_tokens=OWN_LOOK,
         reverse_complement=True, device=options.device, seed=options.seed, save_every="60m", **settings,
     )  # fmt: skip
     return pretrain_dna(config, folder)
@@ -147,6 +150,8 @@ def main() -> None:
     parser.add_argument("--splits")
     parser.add_argument("--runs", required=True, help="folder of the runs")
     parser.add_argument("--tokens", type=int, default=1 << 27)
+    parser.add_argument("--base-tokens", type=int, default=0, help="of the model that the second series begins with")
+    parser.add_argument("--branch-lr", type=float, default=2e-3, help="of the second series, where it has such a model")
     parser.add_argument("--valid-tokens", type=int, default=1 << 24, help="held-out bases measured on, at most")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
@@ -163,7 +168,7 @@ def main() -> None:
 
     def add(series: str, size: str, context: int, **settings: Any) -> None:
         name = f"size-{size}" if series == "size" else f"context-{context}"
-        result = one(options, name, size=size, context=context, **settings)
+        result = one(options, name, options.tokens, size=size, context=context, **settings)
         measured = held_out.measure(LanguageModel(result.checkpoint, options.device), context)
         rows.append(row_of(series, size, context, result, measured | {"Markov 8": held_out.markov}))
         print_table(rows[-1:])
@@ -171,9 +176,13 @@ def main() -> None:
 
     for size in options.sizes:
         add("size", size, FIRST, batch_tokens=options.size_batch)
+    begin: dict[str, Any] = {}
+    if options.base_tokens and options.contexts:
+        base = one(options, "base", options.base_tokens, size=MIDDLE, context=FIRST, batch_tokens=options.size_batch)
+        begin = {"start_from": str(base.checkpoint), "lr": options.branch_lr}
     for context in options.contexts:
-        warmup = {"length_warmup": FIRST} if context > FIRST else {}
-        add("context", MIDDLE, context, batch_tokens=max(options.context_batch, context), **warmup)
+        more = begin or ({"length_warmup": FIRST} if context > FIRST else {})
+        add("context", MIDDLE, context, batch_tokens=max(options.context_batch, context), **more)
     print_table(rows, f"{options.tokens:,} tokens each")
     if options.figure and {row["series"] for row in rows} == {"size", "context"}:
         draw(rows, options.figure)

@@ -82,3 +82,22 @@ def test_both_series_are_of_the_same_bases_and_go_on(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["dna_scaling", *map(str, arguments)])
     with pytest.raises(SystemExit, match="a run of 8,192 tokens, not 16,384; give another --runs"):
         dna_scaling.main()
+
+
+def test_the_contexts_go_on_from_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, splits = genomes(tmp_path)
+    monkeypatch.setattr(dna_scaling, "FIRST", 256)
+    monkeypatch.setattr(dna_scaling, "MIDDLE", "250k")
+    arguments = [
+        *("--data", folder / "alpha.fa", folder / "beta.fa", folder / "gamma.fa", "--splits", splits),
+        *("--runs", tmp_path / "runs", "--device", "cpu", "--tokens", 2048, "--valid-tokens", 6000, "--sizes"),
+        *("--contexts", 256, 2048, "--size-batch", 2048, "--context-batch", 2048, "--base-tokens", 8192),
+        *("--branch-lr", 1e-9, "--out", tmp_path / "out.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["dna_scaling", *map(str, arguments)])
+    dna_scaling.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["context"], row["tokens"]) for row in rows] == [(256, 2048), (2048, 2048)]
+    # a learning rate of next to nothing leaves both what they began with: one model, read with its state carried
+    assert rows[0]["carried"] == pytest.approx(rows[1]["carried"], rel=1e-5)
+    assert rows[0]["carried"] != rows[0]["perplexity"]
