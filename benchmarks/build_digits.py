@@ -3,6 +3,7 @@
     python -m benchmarks.build_digits prepare --data speech_index.csv          # needs the audio; a minute on a CPU
     python -m benchmarks.build_digits train --minutes 9 [--export DIR]         # again and again, until it says done
     python -m benchmarks.build_digits listen MODEL [--guidance 1 2 3]          # does it heed what is asked?
+    python -m benchmarks.build_digits copies MODEL                             # are its clips those it was trained on?
     python -m benchmarks.build_digits finish [--last] [--judge digit-judge] [--export DIR]
 
 Everything lies in runs/digits (--work): `prepared/` may be carried to a machine that has not the audio. Training is in
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mambagen.data.audio_files import read_audio
 from mambagen.data.audio_shards import AudioShards, prepare_shards
@@ -100,6 +102,12 @@ def main() -> None:
     heed.add_argument("--seed", type=int, default=0)
     heed.add_argument("--device", default="auto")
     heed.set_defaults(run=listen)
+    same = parts.add_parser("copies")
+    same.add_argument("model", type=Path)
+    same.add_argument("--clips", type=int, default=40)
+    same.add_argument("--seed", type=int, default=1)
+    same.add_argument("--device", default="auto")
+    same.set_defaults(run=copies)
     third = parts.add_parser("finish")
     third.add_argument("--last", action="store_true", help="the weights of the end, not those of the best look")
     third.add_argument("--judge", help="a digit classifier's folder or name, which tells what it hears")
@@ -332,6 +340,42 @@ def listen(arguments: argparse.Namespace) -> None:
         print(
             f"temperature {temperature:g}, top-p {top_p:g}, guidance {guidance:g}: heard as asked {heard}", flush=True
         )
+
+
+def copies(arguments: argparse.Namespace) -> None:
+    """Print how like a training clip the model's clips are, and new speakers', and training clips beside the others."""
+    shards = AudioShards(arguments.work / "prepared" / "real")
+    decode, train, valid = shards.quantiser.decode, shards["train"], shards["valid"]
+    spectra = np.stack([unit_spectrum(decode(train.clip(row))) for row in range(len(train))])
+    voice = AudioVoice(arguments.model, arguments.device)
+    made = make(voice, GenerateAudioConfig(count=arguments.clips, classes=voice.quantiser.classes, seed=arguments.seed))
+    random = np.random.default_rng(0)
+    own = random.permutation(len(train))[: arguments.clips].tolist()
+    others = random.permutation(len(valid))[: arguments.clips].tolist()
+    for name, found in {
+        "the model's": [likeness(spectra, clip.samples / np.float32(32768)) for clip in made],
+        "held-out speakers'": [likeness(spectra, decode(valid.clip(row))) for row in others],
+        "training clips, beside the others": [likeness(spectra, decode(train.clip(row)), row) for row in own],
+    }.items():
+        print(f"{name}: median {np.median(found):.2f}, nine of ten below {np.quantile(found, 0.9):.2f}, "
+              f"the highest {max(found):.2f}")  # fmt: skip
+
+
+def unit_spectrum(samples: NDArray[np.floating]) -> NDArray[np.complex64]:
+    """Of the first second, without its mean and of norm 1, padded so that no shift wraps round."""
+    first = np.asarray(samples[:SECOND], np.float32)
+    first = first - first.mean()
+    return np.fft.rfft(first / (np.linalg.norm(first) + 1e-9), 2 * SECOND).astype(np.complex64)
+
+
+def likeness(spectra: NDArray[np.complex64], samples: NDArray[np.floating], without: int | None = None) -> float:
+    """The largest normalised cross-correlation with any row at any shift; 1 of a copy, however loud."""
+    own = np.conj(unit_spectrum(samples))
+    best = 0.0
+    for row, spectrum in enumerate(spectra):
+        if row != without:
+            best = max(best, float(np.abs(np.fft.irfft(spectrum * own)).max()))
+    return best
 
 
 def class_figures(folder: Path, shards: AudioShards, device: str, at_most: int) -> dict[str, float]:

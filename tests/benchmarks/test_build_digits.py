@@ -80,3 +80,12 @@ def test_from_a_table_to_a_model_folder(
     _, fields = load_model(tmp_path / "digits")
     assert tuple(fields["quantiser"]["classes"]) == DIGITS
     shutil.rmtree(tmp_path / "work")
+
+
+def test_a_copy_is_known_however_loud_and_late() -> None:
+    random = np.random.default_rng(0)
+    clips = random.standard_normal((3, 6000)).astype(np.float32)
+    spectra = np.stack([build_digits.unit_spectrum(clip) for clip in clips])
+    late = np.concatenate([np.zeros(3000, np.float32), 0.1 * clips[1]])
+    assert build_digits.likeness(spectra, late) == pytest.approx(1, abs=2e-3)
+    assert build_digits.likeness(spectra, late, without=1) < 0.1
