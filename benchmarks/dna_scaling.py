@@ -92,6 +92,8 @@ def one(options: argparse.Namespace, name: str, tokens: int, **settings: Any) ->
         if abs(budget - tokens) >= before["batch_tokens"]:
             raise SystemExit(f"{folder}: a run of {budget:,} tokens, not {tokens:,}; give another --runs")
         return resume_pretrain_dna(folder, {})
+    if options.lr is not None:
+        settings = {"lr": options.lr, **settings}
     config = PretrainDnaConfig(
         data=tuple(options.data), splits=options.splits, tokens=tokens, valid_tokens=OWN_LOOK,
         reverse_complement=True, device=options.device, seed=options.seed, save_every="60m", **settings,
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--splits")
     parser.add_argument("--runs", required=True, help="folder of the runs")
     parser.add_argument("--tokens", type=int, default=1 << 27)
+    parser.add_argument("--lr", type=float, help="of models that begin from scratch; default: pretrain-dna's")
     parser.add_argument("--base-tokens", type=int, default=0, help="of the model that the second series begins with")
     parser.add_argument("--branch-lr", type=float, default=2e-3, help="of the second series, where it has such a model")
     parser.add_argument("--valid-tokens", type=int, default=1 << 24, help="held-out bases measured on, at most")
