@@ -99,6 +99,24 @@ def draws(name: str) -> None:
             raise SystemExit("draws differ")
 
 
+def repeatable() -> None:
+    """Thousands of samples of the published size: the same bits again, in other company, one and two streams a block."""
+    weights = weights_of(SHAPES["published"])
+    for guidance in (None, 2.0):
+        first: Tensor | None = None
+        for batch, streams in ((2, 1), (2, 2), (128, 1), (128, 1), (256, 2), (256, 2), (512, 2)):
+            if guidance and streams == 1:
+                continue  # a pair shares a block
+            seeds = torch.arange(batch).cuda()
+            drawn = CudaDecoder(weights, batch, streams).draw(8000, Sampling(), seeds, guidance)
+            first = drawn if first is None else first
+            apart = (drawn[:2] != first[:2]).any(0)
+            where = int(apart.float().argmax()) if apart.any() else None
+            print(f"guidance {guidance}, {batch} streams, {streams} a block: first sample apart {where}", flush=True)
+            if where is not None:
+                raise SystemExit("samples differ: a race, or sums whose order varies")
+
+
 def microseconds(weights: UNetWeights, batch: int, streams: int) -> float:
     """A sample of each of `batch` streams, `streams` a block, one launch of 4,000; no watchdog, which costs time."""
     decoder = CudaDecoder(weights, batch, streams)
@@ -140,6 +158,7 @@ def tune() -> None:
 GROUPS = {
     **{name: (lambda name=name: correct(name)) for name in SHAPES},  # type: ignore[misc]
     "draws": lambda: draws("small"),
+    "repeatable": repeatable,
     "speed": speed,
     "tune": tune,
 }
