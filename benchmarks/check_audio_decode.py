@@ -100,7 +100,7 @@ def draws(name: str) -> None:
 
 
 def repeatable() -> None:
-    """Thousands of samples of the published size: the same bits again, in other company, one and two streams a block."""
+    """Thousands of samples of the published size: the same bits again, in other company, one or two streams a block."""
     weights = weights_of(SHAPES["published"])
     for guidance in (None, 2.0):
         first: Tensor | None = None
