@@ -138,12 +138,10 @@ def measure(arguments: argparse.Namespace, name: str) -> tuple[list[dict[str, An
         "data": arguments.data, "labels": DIGITS, "minutes": arguments.minutes, "batch": arguments.batch,
         "n_layer": arguments.n_layer, "lr": arguments.lr, "samples": 0, **MODELS[name],
     }  # fmt: skip
-    if len(arguments.lr) > 1:
-        settings["trial_minutes"] = arguments.trial_minutes
-    begun_with = json.loads(json.dumps(settings))  # tuples are lists there
+    trials = {"trial_minutes": arguments.trial_minutes} if len(arguments.lr) > 1 else {}
+    begun_with = json.loads(json.dumps(settings | trials))  # tuples are lists there
     if kept(place / "settings.json", lambda: begun_with) != begun_with:
         raise SystemExit(f"{place}: was begun with other settings (settings.json); give another --out, or remove it")
-    settings.pop("trial_minutes", None)
 
     def configured(lr: float, minutes: float) -> PretrainAudioConfig:
         given = {"data": tuple(arguments.data), "device": arguments.device, "lr": lr, "minutes": minutes}
@@ -157,11 +155,11 @@ def measure(arguments: argparse.Namespace, name: str) -> tuple[list[dict[str, An
             for lr in arguments.lr:
                 shutil.rmtree(place / "trial", ignore_errors=True)
                 losses[lr] = train_one(configured(lr, arguments.trial_minutes), place / "trial", progress).loss
-                report(name, f"learning rate {lr:g}: {losses[lr]:.4f} nats a sample")
+                report(name, f"learning rate {lr:g}: {losses[lr]} nats a sample")
             shutil.rmtree(place / "trial")
             return {"lr": min(losses, key=lambda lr: losses[lr] or math.inf), "losses": list(losses.values())}
 
-        lr = kept(place / "lr.json", chosen)["lr"] if len(arguments.lr) > 1 else arguments.lr[0]
+        lr = kept(place / "lr.json", chosen)["lr"] if trials else arguments.lr[0]
         config = configured(lr, arguments.minutes)
         trained = Trained(**kept(place / "trained.json", lambda: asdict(train_one(config, place / "run", progress))))
         report(name, f"{trained.steps:,} steps in {trained.seconds:.0f} s")

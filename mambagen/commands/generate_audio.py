@@ -101,6 +101,7 @@ def generate_audio(
     from mambagen.training.progress import Progress
 
     with Progress() as progress:
+        # what follows imports torch, and at its first start compiles
         progress.state("starting; the first start on a machine compiles for up to a minute ...")
 
         from mambagen.pipelines.audio_output import configured

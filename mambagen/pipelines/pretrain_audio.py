@@ -83,20 +83,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # What a run cannot change when it goes on: it would be another model, or other data in another order.
 FIXED = (
     *("data", "d_model", "n_layer", "pool", "stages", "outer", "centre", "model", "conditional", "labels"),
-    *(
-        "quantiser",
-        "rate",
-        "lengths",
-        "batch",
-        "seed",
-        "pad",
-        "unconditional",
-        "class_contrast",
-        "gain_db",
-        "shift",
-        "speed",
-    ),
-    *("valid_fraction", "start_from"),
+    *("quantiser", "rate", "lengths", "batch", "seed", "pad", "unconditional", "gain_db", "shift", "speed"),
+    *("class_contrast", "valid_fraction", "start_from"),
 )
 
 
@@ -118,9 +106,7 @@ class PretrainAudioConfig(TrainConfig):
     conditional: bool = False  # on the clips' labels
     labels: tuple[str, ...] = ()  # only clips of these words (or folders)
     unconditional: float = Field(0.1, ge=0, lt=1)  # share of rows that lose their class, for guidance
-    class_contrast: float = Field(
-        0.0, ge=0, allow_inf_nan=False
-    )  # weight of telling classes apart; 0 is likelihood alone
+    class_contrast: float = Field(0.0, ge=0, allow_inf_nan=False)  # weight of telling classes apart; 0: none
     quantiser: Literal["mu-law", "linear", "min-max"] = "mu-law"
     rate: int = Field(16_000, ge=1000, le=192_000)
     pad: Literal["ignore", "silence"] = "ignore"
@@ -320,25 +306,24 @@ def read_audio_data(config: PretrainAudioConfig, progress: Progress) -> tuple[Au
 
 
 def new_model(config: PretrainAudioConfig, quantiser: Quantiser) -> AudioUNet:
-    """A model with first weights, or those of `start_from`."""
+    """A model with first weights, or those of `start_from`, which may be without the classes."""
     architecture = config.architecture(len(quantiser.classes))
     model = AudioUNet(architecture, seed=config.seed)
-    if config.start_from is not None:
-        given, fields = load_model(config.start_from, kinds=[AudioUNet.kind])
-        if given.config == architecture.model_copy(update={"classes": 0}):
-            assert model.class_embedding is not None
-            with torch.no_grad():  # small, as the rest has learnt to do without
-                model.class_embedding.weight.mul_(NEW_CLASSES)
-            model.load_state_dict(given.state_dict(), strict=False)
-            return model
-        if given.config != architecture:
-            raise ModelError(
-                f"{config.start_from}: holds another architecture ({given.config.description}, {given.config.classes} "
-                f"classes) than these settings describe ({architecture.description}, {architecture.classes} classes)"
-            )
-        if tuple(fields["quantiser"]["classes"]) != quantiser.classes:
-            raise ModelError(f"{config.start_from}: its classes are {', '.join(fields['quantiser']['classes'])}")
-        model.load_state_dict(given.state_dict())
+    if config.start_from is None:
+        return model
+    given, fields = load_model(config.start_from, kinds=[AudioUNet.kind])
+    if given.config != (architecture if given.config.classes else architecture.model_copy(update={"classes": 0})):
+        raise ModelError(
+            f"{config.start_from}: holds another architecture ({given.config.description}, {given.config.classes} "
+            f"classes) than these settings describe ({architecture.description}, {architecture.classes} classes)"
+        )
+    names = tuple(fields["quantiser"]["classes"])
+    if names and names != quantiser.classes:
+        raise ModelError(f"{config.start_from}: its classes are {', '.join(names)}")
+    weights = given.state_dict()
+    if model.class_embedding is not None and given.class_embedding is None:  # small, as the rest does without them
+        weights["class_embedding.weight"] = NEW_CLASSES * model.class_embedding.weight.detach()
+    model.load_state_dict(weights)
     return model
 
 

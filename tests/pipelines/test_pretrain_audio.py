@@ -162,6 +162,12 @@ def test_a_model_without_classes_can_learn_them(run: Run, words: Path) -> None:
     assert torch.allclose(model.lm_head.weight, plain.lm_head.weight, atol=1e-6)
     assert model.class_embedding is not None
     assert 0 < model.class_embedding.weight.std() < 0.15
+    more = ("--data", words, "--steps", 1, "--lr", 1e-9, "--json")
+    code, out, err = run(*more, "--from", "plain/best", "--out", "on")  # and a plain one may go on as it is
+    assert (code, err) == (0, "")
+    assert torch.allclose(load_model(json.loads(out)["checkpoint"])[0].lm_head.weight, plain.lm_head.weight, atol=1e-6)
+    code, _, err = run(*more, "--from", "run/best", "--out", "no")
+    assert (code, "holds another architecture" in err) == (4, True)
     others = [drawn_others(seed) for seed in (0, 0, 1)]
     assert others[0] == others[1] != others[2]
 
