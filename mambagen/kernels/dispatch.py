@@ -3,7 +3,9 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +79,30 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
     ):
         return False
     return all(v is None or type(v) in (Tensor, torch.nn.Parameter) for v in tensors)
+
+
+def entered_directly(
+    forward: Callable[..., Any], setup: Callable[..., None], gradients: Callable[..., Any]
+) -> Callable[..., Any]:
+    """An op as an autograd function of its own, for calls that `is_plain_eager` allows past torch.library.
+
+    Args:
+        forward: (*inputs) -> output. setup: (ctx, inputs, output), as of `register_autograd`.
+        gradients: (ctx, *gradients of the output) -> a gradient for each input.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *given: Any) -> Any:
+            return gradients(ctx, *given)
+
+    return Direct.apply
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambagen.kernels.causal_conv1d.reference import causal_conv1d_reference
-from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, is_plain_eager
+from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, entered_directly, is_plain_eager
 
 __all__ = ["causal_conv1d", "causal_conv1d_reference"]
 
@@ -79,7 +79,7 @@ def causal_conv1d(
         weight = weight.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
         past = None if initial_state is None else initial_state.to(x.dtype).contiguous()
-        run = _Eager.apply if is_plain_eager(x, weight, bias, past) else _forward
+        run = _direct if is_plain_eager(x, weight, bias, past) else _forward
         y, final = run(x, weight, bias, activation == "silu", past, resets, reverse, chosen)
     return (y, final) if return_final_state else y
 
@@ -172,16 +172,13 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 _backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
-class _Eager(torch.autograd.Function):
-    """The same op entered without the dispatcher."""
+def _forward_now(*inputs):  # type: ignore[no-untyped-def]
+    return backend_module("causal_conv1d", inputs[-1]).forward(*inputs[:-1])
 
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = backend_module("causal_conv1d", inputs[-1]).forward(*inputs[:-1])
-        _setup(ctx, inputs, output)
-        return output
 
-    @staticmethod
-    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-        # with create_graph=True the registered op runs, which refuses to be differentiated once more
-        return _gradients(ctx, *gradients, backward=_backward if torch.is_grad_enabled() else _backward_now)
+def _gradients_now(ctx, *gradients):  # type: ignore[no-untyped-def]
+    # with create_graph=True the registered op runs, which refuses to be differentiated once more
+    return _gradients(ctx, *gradients, backward=_backward if torch.is_grad_enabled() else _backward_now)
+
+
+_direct = entered_directly(_forward_now, _setup, _gradients_now)

@@ -11,12 +11,14 @@ registered ops.
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, is_plain_eager
+from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, entered_directly, is_plain_eager
 
 # Complex elements of a spectrum that are there at once. On a CPU a slab should fit the cache; on a GPU its kernels
 # should run for longer than it takes to launch them, and a training step should not need much more than its tensors:
@@ -49,7 +51,7 @@ def long_conv(x: Tensor, k: Tensor, reverse: bool = False, skip: Tensor | None =
     if skip is not None:
         skip = skip.to(k.dtype)
     backend = _chosen(backend, x, k)
-    run = _Eager.apply if is_plain_eager(x, k, skip) else _forward
+    run = _direct if is_plain_eager(x, k, skip) else _forward
     y: Tensor = run(x, k, skip, reverse, backend)
     return y
 
@@ -196,17 +198,4 @@ def _gradients(ctx, dy, *, backward=None):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
-
-
-class _Eager(torch.autograd.Function):
-    """The same op entered without the dispatcher, which costs several times the Python of this."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        _setup(ctx, inputs, None)
-        return _forward_now(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, dy, backward=_backward_now)
+_direct = entered_directly(_forward_now, _setup, once_differentiable(partial(_gradients, backward=_backward_now)))

@@ -5,10 +5,13 @@ In torch that is some forty operations with their gradients, each on a handful o
 launch than a convolution to run, so for "zoh" they are one kernel forward and one backward there (triton.py).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mambagen.kernels.dispatch import backend_module, is_plain_eager
+from mambagen.kernels.dispatch import backend_module, entered_directly, is_plain_eager
 
 DISCRETISATIONS = ("zoh", "bilinear")
 SMALLEST = 1e-150  # of |1 + dt A / 2|: the bilinear step forgets everything where dt A = -2, and has no logarithm
@@ -55,7 +58,7 @@ def coefficients(
     """
     if backend == "triton" and method == "zoh" and dtype == torch.complex64:
         A, C = (v if v.is_complex() else v.to(torch.promote_types(v.dtype, torch.complex64)) for v in (A, C))
-        run = _Eager.apply if is_plain_eager(dt, A, C) else _forward
+        run = _direct if is_plain_eager(dt, A, C) else _forward
         z, c = run(dt, A, C)
         return z, c
     z, b = discretise(dt, A, method)
@@ -96,22 +99,9 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx, dz, dc):  # type: ignore[no-untyped-def]
-    return _backward(dz, dc, *ctx.saved_tensors)
+def _gradients(ctx, dz, dc, *, backward=None):  # type: ignore[no-untyped-def]
+    return (backward or _backward)(dz, dc, *ctx.saved_tensors)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
-
-
-class _Eager(torch.autograd.Function):
-    """The same op entered without the dispatcher, which costs several times the Python of this."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        _setup(ctx, inputs, None)
-        return _forward_now(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dz, dc):  # type: ignore[no-untyped-def]
-        return _backward_now(dz, dc, *ctx.saved_tensors)
+_direct = entered_directly(_forward_now, _setup, once_differentiable(partial(_gradients, backward=_backward_now)))

@@ -8,10 +8,13 @@ gradients are products of the same two factors:
     dc_n = 2 conj(sum_t g_t exp(t z_n)),    dz_n = 2 conj(c_n sum_t t g_t exp(t z_n)).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mambagen.kernels.dispatch import backend_module, is_plain_eager
+from mambagen.kernels.dispatch import backend_module, entered_directly, is_plain_eager
 
 SLAB = 2**22  # complex factors that are made at once
 
@@ -26,7 +29,7 @@ def vandermonde_product(c: Tensor, z: Tensor, length: int, backend: str = "torch
     Returns:
         (ssms, length), real; differentiable once in c and z.
     """
-    run = _Eager.apply if is_plain_eager(c, z) else _forward
+    run = _direct if is_plain_eager(c, z) else _forward
     kernel: Tensor = run(c, z, length, backend)
     return kernel
 
@@ -126,17 +129,4 @@ def _gradients(ctx, g, *, backward=None):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
-
-
-class _Eager(torch.autograd.Function):
-    """The same op entered without the dispatcher, which costs several times the Python of this."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        _setup(ctx, inputs, None)
-        return _forward_now(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, g, backward=_backward_now)
+_direct = entered_directly(_forward_now, _setup, once_differentiable(partial(_gradients, backward=_backward_now)))

@@ -16,7 +16,7 @@ and contiguous; `resets` is bool.
 import torch
 from torch import Tensor
 
-from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, is_plain_eager
+from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, entered_directly, is_plain_eager
 from mambagen.kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["selective_scan", "selective_scan_reference"]
@@ -111,7 +111,7 @@ def selective_scan(
     D, dt_bias, initial_state = (None if v is None else v.float().contiguous() for v in (D, dt_bias, initial_state))
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    run = _Eager.apply if is_plain_eager(*tensors) else _forward
+    run = _direct if is_plain_eager(*tensors) else _forward
     y, final, _ = run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, resets, reverse, save, chosen)
     y = y.to(given_dtype)
     return (y, final) if return_final_state else y
@@ -231,16 +231,13 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 _backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
-class _Eager(torch.autograd.Function):
-    """The same op entered without the dispatcher."""
+def _forward_now(*inputs):  # type: ignore[no-untyped-def]
+    return backend_module("selective_scan", inputs[-1]).forward(*inputs[:-1])
 
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = backend_module("selective_scan", inputs[-1]).forward(*inputs[:-1])
-        _setup(ctx, inputs, output)
-        return output
 
-    @staticmethod
-    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-        # with create_graph=True the registered op runs, which refuses to be differentiated once more
-        return _gradients(ctx, *gradients, backward=_backward if torch.is_grad_enabled() else _backward_now)
+def _gradients_now(ctx, *gradients):  # type: ignore[no-untyped-def]
+    # with create_graph=True the registered op runs, which refuses to be differentiated once more
+    return _gradients(ctx, *gradients, backward=_backward if torch.is_grad_enabled() else _backward_now)
+
+
+_direct = entered_directly(_forward_now, _setup, _gradients_now)
