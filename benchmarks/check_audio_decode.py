@@ -19,11 +19,16 @@ from mambagen.kernels.unet_decode import Sampling, UNetWeights, cuda
 from mambagen.kernels.unet_decode.cuda import CudaDecoder
 from mambagen.kernels.unet_decode.graph import GraphDecoder
 from mambagen.kernels.unet_decode.reference import ReferenceDecoder
-from mambagen.models.audio_stepper import unet_weights
+from mambagen.models.audio_stepper import Stepper, unet_weights
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
+from mambagen.pipelines.audio_language_model import shifted
+from mambagen.pipelines.generate_audio import AudioVoice
+from mambagen.pipelines.sc09_judge import DigitJudge
 
 SECONDS = 150  # of a group
 WATCHDOG = 3000  # milliseconds
+CLIPS = 256
+WAYS = (("cuda", "bfloat16", 128), ("cuda", "bfloat16", 256), ("graph", "bfloat16", 256), ("graph", "float32", 256))
 SHAPES = {
     "small": AudioUNetConfig(d_model=32, n_layer=2),
     "three": AudioUNetConfig(d_model=32, n_layer=2, stages=3, pool=(2, 8)),
@@ -117,6 +122,62 @@ def repeatable() -> None:
                 raise SystemExit("samples differ: a race, or sums whose order varies")
 
 
+def heard() -> None:
+    """The built-in digits by every way of stepping: heard as asked, and whether draws follow the model's distribution.
+
+    Given what came before, a drawn sample's surprise less the entropy of its distribution has mean 0; the sum of these
+    over its standard deviation is a standard normal number, if the steps compute what the model's forward pass does.
+    A forward pass in float32 says what the distributions were, so that rounding in the steps shows as an excess.
+    """
+    voice, judge = AudioVoice("digits", "cuda"), DigitJudge("digit-judge", "cuda")
+    for guidance, temperature in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.9)):
+        for backend, precision, batch in WAYS:
+            began = time.monotonic()
+            asked = torch.arange(CLIPS, device="cuda") % len(judge.digits)
+            parts = []
+            for seeds in torch.arange(CLIPS).split(batch):
+                stepper = Stepper(voice.model, batch, backend, precision)
+                stepper.prefill(classes=asked[seeds])
+                parts.append(torch.cat([stepper.generate(4000, temperature, seeds=seeds, guidance=guidance)
+                                        for _ in range(4)], 1))  # fmt: skip
+            drawn = torch.cat(parts)
+            seconds = time.monotonic() - began
+            listened = judge.judge(voice.quantiser.decode(drawn.cpu().numpy()))
+            right = float((listened.heard == asked.cpu().numpy()).mean())
+            figures = [
+                surprises(voice.model, some, which, temperature, guidance)
+                for some, which in zip(drawn.long().split(32), asked.split(32), strict=True)
+            ]
+            excess, variance = (torch.stack(v).sum(0) for v in zip(*figures, strict=True))
+            z = " ".join(f"{v:.1f}" for v in (excess / variance.sqrt()).tolist())
+            nats = " ".join(f"{v:.5f}" for v in (excess / drawn.numel() * len(excess)).tolist())
+            print(
+                f"guidance {guidance:g}, temperature {temperature:g}, {backend} {precision}, {batch} clips at once: "
+                f"heard as asked {right:.3f}; by quarter z {z}, excess {nats} nats a sample; {seconds:.1f} s",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def surprises(
+    model: AudioUNet, drawn: Tensor, classes: Tensor, temperature: float, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Sums over clips, by quarter of their length: surprise less entropy, and its variance."""
+    logits = model(shifted(drawn), None, classes)[0].double()
+    if guidance != 1:
+        without = model(shifted(drawn), None, torch.full_like(classes, model.config.classes))[0].double()
+        logits = without + guidance * (logits - without)
+    log_p = (logits / temperature).log_softmax(-1)
+    p = log_p.exp()
+    entropy, squares = -(p * log_p).sum(-1), (p * log_p.square()).sum(-1)
+    surprise = -log_p.gather(-1, drawn[..., None]).squeeze(-1)
+
+    def quarters(v: Tensor) -> Tensor:
+        return v.sum(0).unflatten(0, (4, -1)).sum(1)
+
+    return quarters(surprise - entropy), quarters(squares - entropy.square())
+
+
 def microseconds(weights: UNetWeights, batch: int, streams: int) -> float:
     """A sample of each of `batch` streams, `streams` a block, one launch of 4,000; no watchdog, which costs time."""
     decoder = CudaDecoder(weights, batch, streams)
@@ -159,6 +220,7 @@ GROUPS = {
     **{name: (lambda name=name: correct(name)) for name in SHAPES},  # type: ignore[misc]
     "draws": lambda: draws("small"),
     "repeatable": repeatable,
+    "heard": heard,
     "speed": speed,
     "tune": tune,
 }
