@@ -72,7 +72,7 @@ struct Fiber {
   Block* block;
   u32 rank;
   u64 collectives = 0, syncs = 0, team_syncs = 0, cluster_syncs = 0;
-  bool done = false;
+  bool done = false, unfenced = false;  // unfenced: has waited for a barrier since its last fence
 };
 struct Event { u64 when; std::function<void()> land; };
 
@@ -200,7 +200,11 @@ inline void barrier_init_done() {}
 inline void barrier_arrive(u64* bar) { Barrier* b = (Barrier*)bar; b->pending--; check(b); }
 inline void barrier_expect(u64* bar, u32 bytes) { Barrier* b = (Barrier*)bar; b->bytes += bytes, b->pending--; check(b); }
 inline bool barrier_test(u64* bar, u32 parity) { return ((Barrier*)bar)->phase != parity; }
-inline void wait_for(u64* bar, u32 parity) { wait_until([=] { return barrier_test(bar, parity); }); }
+inline void wait_for(u64* bar, u32 parity) {
+  wait_until([=] { return barrier_test(bar, parity); });
+  machine.current->unfenced = true;
+}
+inline void fence_before_copies() { machine.current->unfenced = false; }
 inline void wait_for_cluster(u64* bar, u32 parity) { wait_for(bar, parity); }
 inline void landed(Barrier* b, int bytes) { b->bytes -= bytes; check(b); }
 
@@ -212,6 +216,7 @@ template <typename V> inline void send(u32 to, V v, u32 bar) {
 }
 inline u64 keep_policy() { return 0; }
 inline void bulk_copy(void* to, const void* from, u32 bytes, u64* bar, u64) {
+  if (machine.current->unfenced) fail("no fence between a wait and a bulk copy");
   if ((u64)to % 16 || (u64)from % 16 || bytes % 16) fail("a bulk copy is not aligned");
   memset(to, 0xff, bytes);
   later([=] { memcpy(to, from, bytes); landed((Barrier*)bar, bytes); });

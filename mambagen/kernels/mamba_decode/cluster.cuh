@@ -71,6 +71,9 @@ __device__ __forceinline__ void send(u32 to, uint4 a, u32 bar) {
 __device__ __forceinline__ u64 keep_policy() {
   u64 p; asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p)); return p;
 }
+// Between a wait for memory that others have read and a copy into it. Copies come another way (the async proxy) than loads
+// and stores, and nothing else orders the two: without it a copy was seen to overtake loads made before the barrier.
+__device__ __forceinline__ void fence_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* bar, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy) : "memory");

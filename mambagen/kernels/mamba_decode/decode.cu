@@ -126,7 +126,7 @@ struct Feeder {
   u32 parity = 1;  // of the end of the slot's last use; a barrier that nobody has used counts as passed with 1
 
   __device__ __forceinline__ void copy(const u8*& from, u32 bytes) {
-    if (!RESIDENT) wait_for(&shared.empty[slot], parity);
+    if (!RESIDENT) wait_for(&shared.empty[slot], parity), fence_before_copies();
     barrier_expect(&shared.full[slot], bytes);
     bulk_copy(to, from, bytes, &shared.full[slot], policy);
     from += bytes, to += RESIDENT ? bytes : SLOT_BYTES;

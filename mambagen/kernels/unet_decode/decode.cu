@@ -151,6 +151,7 @@ struct Feeder {
 #pragma unroll 1
     for (int unit = 0; unit < S::UNITS; unit += S::CHUNK) {
       wait_for(&shared.empty[slot], parity);
+      fence_before_copies();
       barrier_expect(&shared.full[slot], bytes);
       bulk_copy(ring + slot * SLOT_BYTES, from, bytes, &shared.full[slot], policy);
       from += bytes;
