@@ -104,6 +104,14 @@ def draws(name: str) -> None:
             raise SystemExit("draws differ")
 
 
+def few() -> None:
+    """A few samples, one and two streams a block: to run under compute-sanitizer."""
+    weights = weights_of(SHAPES["small"])
+    for batch, streams, guidance in ((1, 1, None), (4, 2, 2.0)):
+        drawn = CudaDecoder(weights, batch, streams).draw(20, Sampling(), torch.arange(batch).cuda(), guidance)
+        print(f"{batch} streams, {streams} a block: {drawn[:, :8].tolist()}", flush=True)
+
+
 def repeatable() -> None:
     """Thousands of samples of the published size: the same bits again, in other company, one or two streams a block."""
     weights = weights_of(SHAPES["published"])
@@ -219,6 +227,7 @@ def tune() -> None:
 GROUPS = {
     **{name: (lambda name=name: correct(name)) for name in SHAPES},  # type: ignore[misc]
     "draws": lambda: draws("small"),
+    "few": few,
     "repeatable": repeatable,
     "heard": heard,
     "speed": speed,

@@ -236,6 +236,14 @@ def correct_sixteen() -> None:
             print(f"    cluster 16: {problem}", flush=True)
 
 
+def few() -> None:
+    """As little as there is to see of clusters, bulk copies and both precisions: to run under compute-sanitizer."""
+    WATCH.clear()  # there every wait is long
+    check(64, 1, 1, 3, "float32", cluster=2, streams=1)
+    check(64, 2, 3, 4, "bfloat16")
+    check(256, 2, 3, 3, "bfloat16")
+
+
 def repeatable() -> None:
     """The same bits from the same call, many times and in any company: races show here."""
     weights = draw_weights(256, 12)
@@ -338,6 +346,7 @@ GROUPS: dict[str, Callable[[], None]] = {
     "correct-small": correct_small,
     "correct-large": correct_large,
     "correct-sixteen": correct_sixteen,
+    "few": few,
     "repeatable": repeatable,
     "timing": timing,
     "profile": profile,
