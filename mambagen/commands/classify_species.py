@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mambagen.commands.classify import output
 from mambagen.commands.inputs import check_inputs
 from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, debug_option
 from mambagen.errors import UsageError
@@ -78,26 +77,24 @@ def classify_species(
         raise UsageError(f"--min-confidence {min_confidence:g}: a probability is from 0 to 1")
     if all_windows and max_windows:
         raise UsageError("--all-windows and --max-windows do not go together")
-    if out is not None and per_window is not None and out.absolute() == per_window.absolute():
-        raise UsageError(f"--out and --per-window are both {out}; give them two files")
+    if per_window is not None and (out or Path("-")).absolute() == per_window.absolute():
+        raise UsageError(f"--out and --per-window are both {per_window}; give them two files")
 
+    from mambagen.data.whole_file import row_output
     from mambagen.pipelines.classify_species import MAX_WINDOWS, SpeciesReader
 
     at_most = None if all_windows else max_windows or MAX_WINDOWS
     reader = SpeciesReader(model, device, batch_tokens, at_most, min_confidence, rna)
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(output(out))
+        write = stack.enter_context(row_output(out, "" if as_json else "\t".join(COLUMNS) + "\n"))
         if per_window is not None:
-            track = stack.enter_context(output(per_window))
-            track.write("record\tstart\tend\tspecies\tprobability\n")
-            reader.track = window_writer(track.write)
-        if not as_json:
-            stream.write("\t".join(COLUMNS) + "\n")
+            track = row_output(per_window, "record\tstart\tend\tspecies\tprobability\n")
+            reader.track = window_writer(stack.enter_context(track))
         for row in reader.files(fasta):
-            stream.write(as_object(row, reader.classes) if as_json else as_line(row))
+            write(as_object(row, reader.classes) if as_json else as_line(row))
 
 
-def window_writer(write: Callable[[str], Any]) -> "Callable[[WindowRow], None]":
+def window_writer(write: Callable[[str], None]) -> "Callable[[WindowRow], None]":
     """Writes rows of the track."""
 
     def line(row: "WindowRow") -> None:

@@ -4,11 +4,11 @@ import contextlib
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from mambagen.errors import ResourceError, UsageError
+from mambagen.errors import InputError, ResourceError, UsageError
 
 STDOUT = "-"
 
@@ -19,11 +19,14 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
     Whatever goes wrong before, nothing is left and an earlier file of that name stays as it was.
 
-    Raises UsageError where ``path`` is a folder, ResourceError where its folder is missing or cannot be written.
+    Raises UsageError where ``path`` is a folder or a device, ResourceError where its folder is missing or cannot be
+    written.
     """
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"{path}: is a folder; name the file to write")
+    if _is_special(target):  # a rename would put a file in its place: /dev/null would be one from then on
+        raise UsageError(f"{path}: is a device or pipe; this is written into a file only")
     partial = target.with_name(f".partial-{secrets.token_hex(4)}-{target.name}")
     try:
         partial.open("xb").close()  # said before hours of work, not after
@@ -45,12 +48,17 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 def byte_output(path: Path | str | None) -> Iterator[BinaryIO]:
     """Where bytes go: stdout for None and ``-``, else a file that gets its name when it is whole.
 
-    A name that ends in ``.gz`` is written as bgzip, so that tabix can index it.
+    A name that ends in ``.gz`` is written as bgzip, so that tabix can index it. A device or a named pipe is written
+    to as it is.
     """
     if path is None or str(path) == STDOUT:
         sys.stdout.flush()
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
+        return
+    if _is_special(Path(path)):
+        with open(path, "wb") as special:
+            yield special
         return
     with whole_file(path) as partial:
         if Path(path).suffix == ".gz":
@@ -61,3 +69,38 @@ def byte_output(path: Path | str | None) -> Iterator[BinaryIO]:
         else:
             with open(partial, "wb") as plain:
                 yield plain
+
+
+@contextlib.contextmanager
+def row_output(path: Path | str | None, header: str = "") -> Iterator[Callable[[str], None]]:
+    """A function that writes rows of text, in UTF-8, to where `byte_output` would.
+
+    An InputError does not undo the rows there are: the file gets its name, then the error goes on. It is how a job
+    over several files ends of which one was bad. Without a row nothing is written over an earlier file.
+    """
+    failure: InputError | None = None
+    with byte_output(path) as stream:
+        seen = stream is sys.stdout.buffer and sys.stdout.isatty()
+        rows = 0
+
+        def write(row: str) -> None:
+            nonlocal rows
+            rows += 1
+            stream.write(row.encode())
+            if seen:  # by someone who waits for it
+                stream.flush()
+
+        stream.write(header.encode())
+        try:
+            yield write
+        except InputError as error:
+            if not rows:
+                raise
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _is_special(path: Path) -> bool:
+    """Is it there, and neither a file nor a folder?"""
+    return path.exists() and not path.is_file() and not path.is_dir()

@@ -69,15 +69,19 @@ class Classifier:
                 yield Classified(record.path, record.id, 0, UNKNOWN, None)
 
     def file(self, path: Path | str) -> Iterator[Classified]:
-        """The records of one file, some at a time."""
+        """The records of one file, some at a time; those before a fault come before its InputError."""
         held: list[Record] = []
         bases = 0
-        for record in read_records(path, keep_empty=True):  # every record gets its row
-            held.append(record)
-            bases += len(record)
-            if bases >= AT_A_TIME * self.batch_tokens:
-                yield from self.rows(held)
-                held, bases = [], 0
+        try:
+            for record in read_records(path, keep_empty=True):  # every record gets its row
+                held.append(record)
+                bases += len(record)
+                if bases >= AT_A_TIME * self.batch_tokens:
+                    yield from self.rows(held)
+                    held, bases = [], 0
+        except InputError:
+            yield from self.rows(held)
+            raise
         yield from self.rows(held)
 
 
@@ -88,10 +92,11 @@ def classify(
     batch_tokens: int = 1 << 16,
     average_strands: bool = False,
 ) -> Iterator[Classified]:
-    """The records of all files; a file that cannot be read does not keep the others from being done.
+    """The records of all files. A fault in one file ends that file there; the others are done all the same.
 
     Raises:
-        ModelError: the folder holds no classifier. At the end, InputError: names the files that could not be read.
+        ModelError: the folder holds no classifier. At the end, InputError: says what could not be read, and how many
+        records of that file were.
     """
     classifier = Classifier(folder, device, batch_tokens, average_strands)
     yield from each_file(classifier, paths)
@@ -101,9 +106,18 @@ def each_file(classifier: Classifier, paths: Sequence[Path | str]) -> Iterator[C
     """`classify` with a model that is loaded already."""
     failures: list[MambagenError] = []
     for path in paths:
+        done = 0
         try:
-            yield from classifier.file(path)
+            for row in classifier.file(path):
+                done += 1
+                yield row
         except InputError as error:
-            failures.append(error)
+            failures.append(cut_short(error, done))
     if failures:
         raise InputError("; ".join(str(failure) for failure in failures))
+
+
+def cut_short(error: InputError, done: int) -> InputError:
+    """The fault of a file of which `done` records have their rows."""
+    before = f" (the {done:,} records before it have their rows; what follows it was not read)"
+    return InputError(f"{error}{before if done else ''}")

@@ -25,6 +25,7 @@ from mambagen.models.builtin import find_model
 from mambagen.models.files import first_fault
 from mambagen.models.saving import load_model
 from mambagen.models.species_classifier import SpeciesClassifier
+from mambagen.pipelines.classify import cut_short
 from mambagen.pipelines.sequence_classification import predict
 from mambagen.training.loop import choose_device
 
@@ -131,8 +132,7 @@ class SpeciesReader:
                     done += 1
                     yield row
             except InputError as error:
-                before = f" (the {done:,} records before it have their rows; what follows it was not read)"
-                failures.append(InputError(f"{error}{before if done else ''}"))
+                failures.append(cut_short(error, done))
         if failures:
             raise InputError("; ".join(str(failure) for failure in failures))
 

@@ -238,6 +238,31 @@ def test_one_bad_file_does_not_keep_the_others_from_being_done(
     assert (code, out.splitlines()[1].split("\t")[0]) == (0, "e")
 
 
+def test_records_before_a_fault_have_their_rows(run: Run, tmp_path: Path) -> None:
+    model = a_classifier(tmp_path / "m")
+    Path("broken.fa").write_text(">a\nACGT\n>b\nAC\n>c\nAC GT\n>d\nACGT\n")
+    code, out, err = run("classify", model, "broken.fa")
+    assert (code, [line.split("\t")[0] for line in out.splitlines()[1:]]) == (3, ["a", "b"])
+    assert "broken.fa:6: record 'c'" in err
+    assert "the 2 records before it have their rows" in err
+
+
+@pytest.mark.parametrize("job", ["classify", "classify-species"])
+def test_rows_go_to_stdout_for_a_dash_and_over_nothing_else(job: str, run: Run, tmp_path: Path) -> None:
+    arguments = [job, a_classifier(tmp_path / "m")] if job == "classify" else [job]
+    Path("good.fa").write_text(">grün\nACGTACGTAC\n")
+    code, out, _ = run(*arguments, "good.fa", "--out", "-")
+    assert (code, out.splitlines()[1].split("\t")[:2], Path("-").exists()) == (0, ["grün", "10"], False)
+    Path("folder").mkdir()
+    code, _, err = run(*arguments, "good.fa", "--out", "folder")
+    assert (code, "folder: is a folder" in err) == (2, True)
+    code, _, err = run(*arguments, "good.fa", "--out", "nowhere/rows.tsv")
+    assert (code, "error: nowhere/rows.tsv: cannot be written" in err) == (5, True)
+    Path("rows.tsv").write_text("from before")
+    assert run(*arguments, "missing.fa", "--out", "rows.tsv")[0] == 3
+    assert Path("rows.tsv").read_text() == "from before"
+
+
 def test_a_record_without_bases_has_its_row(run: Run, tmp_path: Path) -> None:
     model = a_classifier(tmp_path / "m")
     Path("some.fa").write_text(">a\nACGT\n>nothing\n>b\nAC\n>last\n")
