@@ -48,7 +48,7 @@ from mambagen.errors import InterruptedRun
 from mambagen.models import load_model
 from mambagen.models.builtin import WEIGHTS_HOME
 from mambagen.models.files import write_folder_atomically
-from mambagen.models.saving import CARD, model_card, model_writers, save_model
+from mambagen.models.saving import CARD, Generation, model_card, model_writers, save_model
 from mambagen.pipelines.audio_language_model import BITS
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig, MadeClip
 from mambagen.pipelines.pretrain_audio import pretrain_audio, resume_pretrain_audio, with_recipe
@@ -114,7 +114,7 @@ def main() -> None:
     third.add_argument("--clips", type=int, default=500, help="to be judged, all digits alike")
     third.add_argument("--temperature", type=float, default=1.0)
     third.add_argument("--top-p", type=float, default=1.0)
-    third.add_argument("--guidance", type=float, default=1.0)
+    third.add_argument("--guidance", type=float, default=1.0, help="also what clips are made with by default")
     third.add_argument("--note", default="", help="a sentence for the card on how the model was made")
     third.add_argument("--device", default="auto")
     third.add_argument("--out", type=Path, default=WEIGHTS_HOME / "digits")
@@ -315,7 +315,8 @@ def finish(arguments: argparse.Namespace) -> None:
         recipe=f"{recipe_words(arguments.work, arguments.last)} {arguments.note}".strip(),
         quality=quality_words(figures, arguments),
     ).replace('"path/to/this/folder"', '"digits"')
-    files = model_writers(model.bfloat16(), fields["quantiser"], card)
+    own = Generation(guidance=arguments.guidance) if arguments.guidance != 1 else None
+    files = model_writers(model.bfloat16(), fields["quantiser"], card, own)
     write_folder_atomically(arguments.out, files, unlisted=[CARD], replace=arguments.out.exists())
     size = (arguments.out / "model.safetensors").stat().st_size
     print(f"{arguments.out}: {size:,} bytes of weights")

@@ -39,7 +39,12 @@ Examples:
 @click.option("--temperature", type=float, metavar="T", help="0 takes the likeliest sample.  [default: 1]")
 @click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest only.")
 @click.option("--top-p", type=float, metavar="P", help="Draw from the fewest that have this chance.  [default: 1]")
-@click.option("--guidance", type=float, metavar="G", help="Above 1: say the class more plainly.  [default: 1]")
+@click.option(
+    "--guidance",
+    type=float,
+    metavar="G",
+    help="Above 1: say the class more plainly, for twice the work.  [default: the model's; digits: 2]",
+)
 @click.option("--seed", type=int, metavar="S", help="The same seed gives the same sound.  [default: 0]")
 @click.option("--candidates", type=int, metavar="K", help="Make K for each clip and keep the best.  [default: 1]")
 @click.option(

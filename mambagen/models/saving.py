@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from torch import Tensor, nn
 
 from mambagen import __version__
@@ -42,6 +42,14 @@ KINDS: dict[str, tuple[type[BaseModel], type[nn.Module]]] = {
 Model = Any
 
 
+class Generation(BaseModel):
+    """What is best made with a model, where nobody asks for anything else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0  # of a conditional model of sound
+
+
 class ModelFile(BaseModel):
     """What config.json holds; `model` is checked further by the kind's own config."""
 
@@ -52,6 +60,7 @@ class ModelFile(BaseModel):
     model: dict[str, Any]
     tokenizer: dict[str, Any] | None = None
     quantiser: dict[str, Any] | None = None  # in place of the tokenizer, for the kinds whose `input_policy` it is
+    generation: Generation | None = None
 
 
 def save_model(
@@ -72,10 +81,14 @@ def save_model(
     write_folder_atomically(folder, model_writers(model, tokenizer, card), unlisted=[CARD], replace=replace)
 
 
-def model_writers(model: Model, tokenizer: Mapping[str, Any], card: str) -> dict[str, Writer]:
+def model_writers(
+    model: Model, tokenizer: Mapping[str, Any], card: str, generation: Generation | None = None
+) -> dict[str, Writer]:
     """The files of a model folder as writers, for a folder that holds more than the model (a checkpoint)."""
     policy = _input_policy(type(model))
     fields = {"format": FORMAT, "kind": model.kind, "model": model.config.model_dump(), policy: dict(tokenizer)}
+    if generation is not None:
+        fields["generation"] = generation.model_dump()
     config = json.dumps(fields, indent=2, allow_nan=False) + "\n"
     return {
         CONFIG: lambda path: _write_text(path, config),

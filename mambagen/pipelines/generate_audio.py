@@ -35,7 +35,7 @@ from mambagen.models.audio_stepper import BACKENDS, Stepper
 from mambagen.models.audio_unet import AudioUNet, StageState
 from mambagen.models.builtin import find_model
 from mambagen.models.files import first_fault
-from mambagen.models.saving import CONFIG, load_model
+from mambagen.models.saving import CONFIG, Generation, load_model
 from mambagen.pipelines.audio_language_model import shifted
 from mambagen.training.loop import choose_device
 
@@ -65,7 +65,7 @@ class GenerateAudioConfig(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     classes: tuple[str, ...] = ()  # taken in turn by the clips; () draws one for each; "none" is no class
-    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None  # the model's own, 1 where it says nothing
     candidates: Annotated[int, Field(ge=1, le=1000)] = 1  # made for each clip, of which the best is kept
     rank: Rank = "likelihood"
     guard: bool = True
@@ -163,6 +163,8 @@ class AudioVoice:
                 f"{find_model(model) / CONFIG}: names {len(self.quantiser.classes)} classes, but the model has "
                 f"{self.model.config.classes}"
             )
+        own = Generation(**(fields.get("generation") or {}))
+        self.guidance = own.guidance if self.quantiser.classes else 1.0
         self.rate = self.quantiser.rate
         self.guard = Guard(self.rate)
         self._states: dict[tuple[int, int], StageState] = {}
@@ -179,7 +181,7 @@ class AudioVoice:
         if not names:
             if config.classes:
                 raise UsageError("--digit: this model was trained without classes; leave it out")
-            if config.guidance != 1:
+            if config.guidance not in (None, 1):
                 raise UsageError("--guidance needs a model with classes; this one was trained without")
             if config.rank == "class":
                 raise UsageError("--rank class needs a model with classes; this one was trained without")
@@ -369,9 +371,8 @@ class AudioVoice:
         return stepper
 
     def _draw(self, stepper: Stepper, steps: int, seeds: Sequence[int], config: GenerateAudioConfig) -> Tokens:
-        drawn = stepper.generate(
-            steps, config.temperature, config.top_k, config.top_p, seeds=seeds, guidance=config.guidance
-        )
+        guidance = self.guidance if config.guidance is None else config.guidance
+        drawn = stepper.generate(steps, config.temperature, config.top_k, config.top_p, seeds=seeds, guidance=guidance)
         tokens: Tokens = drawn.cpu().numpy()
         return tokens
 

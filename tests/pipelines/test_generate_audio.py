@@ -22,10 +22,11 @@ from mambagen import cli
 from mambagen.data.quantise import SILENCE, MuLaw
 from mambagen.data.spoken_words import DIGITS
 from mambagen.data.wav import to_int16, wav_header
-from mambagen.errors import InputError, UsageError
+from mambagen.errors import InputError, ModelError, UsageError
 from mambagen.models.audio_stepper import Stepper
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
-from mambagen.models.saving import save_model
+from mambagen.models.files import write_folder_atomically
+from mambagen.models.saving import CARD, Generation, model_writers, save_model
 from mambagen.pipelines import generate_audio
 from mambagen.pipelines.audio_output import file_name, write_audio_page
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig, MadeClip, stream_seed
@@ -402,12 +403,30 @@ def test_other_models_are_refused(command: Command, tmp_path: Path, folder: Path
         assert "without" in err
 
 
+def test_a_model_may_bring_its_own_guidance(voice: AudioVoice, folder: Path, tmp_path: Path) -> None:
+    card, quantiser = "A test.", MuLaw(classes=DIGITS).model_dump(mode="json")
+    files = model_writers(voice.model, quantiser, card, Generation(guidance=3.0))
+    write_folder_atomically(tmp_path / "guided", files, unlisted=[CARD])
+    guided = AudioVoice(tmp_path / "guided", "cpu", precision="float32")
+
+    def tokens(voice: AudioVoice, **settings: object) -> list[list[int]]:
+        return [clip.tokens.tolist() for clip in made(voice, count=2, classes=("4",), **settings)]
+
+    assert tokens(guided) == tokens(voice, guidance=3) != tokens(voice)
+    assert tokens(guided, guidance=1) == tokens(voice)
+    assert AudioVoice("digits", "cpu").guidance == 2
+    wrong = model_writers(voice.model, quantiser, card, Generation.model_construct(guidance=-3.0))
+    write_folder_atomically(tmp_path / "wrong", wrong, unlisted=[CARD])
+    with pytest.raises(ModelError, match=r"config.json: generation.guidance"):
+        AudioVoice(tmp_path / "wrong", "cpu")
+
+
 def test_the_built_in_model_says_what_it_is_asked_for() -> None:
-    """Two clips of each digit; four of five are heard as asked, so fewer than 12 of 20 come once in a hundred draws."""
+    """Two clips of each digit; nine of ten are heard as asked, so fewer than 14 of 20 come once in a hundred draws."""
     made = list(AudioVoice("digits", "cpu").clips(GenerateAudioConfig(count=20, classes=DIGITS, seed=1)))
     judged = DigitJudge("digit-judge", "cpu").judge(np.stack([clip.samples / np.float32(32768) for clip in made]))
     assert [clip.label for clip in made] == [*DIGITS, *DIGITS]
-    assert sum(DIGITS[int(heard)] == clip.label for heard, clip in zip(judged.heard, made, strict=True)) >= 12
+    assert sum(DIGITS[int(heard)] == clip.label for heard, clip in zip(judged.heard, made, strict=True)) >= 14
 
 
 def test_a_full_disk_leaves_no_half_file(command: Command, tmp_path: Path) -> None:
