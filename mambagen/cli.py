@@ -169,6 +169,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         advice = {
             errno.ENOSPC: "; free some space and try again",
             errno.EDQUOT: "; free some of your quota and try again",
+            errno.EFBIG: "; the file system, or ulimit -f, allows no file of this size",
             errno.EACCES: "; choose a place where you may write, or change its permissions",
         }.get(error.errno or 0, "")
         return EXIT_RESOURCE, f"{where}{what}{advice}"

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written under a temporary name, fsynced, then renamed."""
 
 import contextlib
+import errno
 import os
 import secrets
 import sys
@@ -11,6 +12,7 @@ from typing import BinaryIO, cast
 from mambagen.errors import InputError, ResourceError, UsageError
 
 STDOUT = "-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a failed write does not say to what file
 
 
 @contextlib.contextmanager
@@ -40,6 +42,10 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         os.replace(partial, target)
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Outputs are whole or not there, and what is no file stays what it is."""
 
+import errno
 import os
 import stat
 import threading
@@ -35,6 +36,18 @@ def test_what_needs_a_file_refuses_a_pipe(pipe: Path) -> None:
     with pytest.raises(UsageError, match="pipe: is a device or pipe"), whole_file(pipe):
         pass
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_s_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with pytest.raises(OSError) as raised, whole_file(path):
+            raise OSError(code, os.strerror(code))  # as a write has it
+        assert raised.value.filename == str(path)
+    with pytest.raises(BrokenPipeError) as raised, whole_file(path):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # of stdout: another's
+    assert raised.value.filename is None
+    assert os.listdir(tmp_path) == []
 
 
 def test_rows_survive_bad_input_and_nothing_else(tmp_path: Path) -> None:

@@ -438,6 +438,7 @@ def test_a_full_disk_leaves_no_half_file(command: Command, tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 5
     assert err.count("\n") == 1
+    assert "clips/0001-one.wav: File too large; " in err
     assert list((tmp_path / "clips").iterdir()) == []
 
 
