@@ -6,6 +6,7 @@ audio model has a "quantiser" in place of the tokenizer. Nothing is ever unpickl
 
 import errno
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -122,16 +123,19 @@ def load_model(
     return model.to(device).eval(), fields
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file of tensors on any device; OSError where it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # it wraps the system's error in text
         raise OSError(errno.EIO, str(error)) from error
+    path.chmod(mode)  # safetensors leaves a file that its owner alone may read, whatever the umask
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mambagen.data.whole_file import whole_file
 from mambagen.errors import ModelError, ResourceError
 from mambagen.models.files import first_fault
+from mambagen.models.saving import write_tensors
 from mambagen.pipelines.sc09_judge import Judged
 from mambagen.pipelines.sc09_metrics import Moments, Scores
 
@@ -74,9 +75,6 @@ def moments_and_prediction(judged: Judged) -> tuple[Moments, NDArray[np.float64]
 
 def save_reference(reference: Reference, path: Path | str) -> None:
     """Write the file, whole or not at all; ResourceError where it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     arrays = {
         "mean": reference.moments.mean,
         "covariance": reference.moments.covariance,
@@ -85,9 +83,9 @@ def save_reference(reference: Reference, path: Path | str) -> None:
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
     with whole_file(path) as partial:
         try:
-            save_file(tensors, partial, metadata={HEADER: json.dumps(reference.facts.model_dump())})
-        except SafetensorError as error:
-            raise ResourceError(f"{path}: cannot be written: {error}") from error
+            write_tensors(partial, tensors, {HEADER: json.dumps(reference.facts.model_dump())})
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def load_reference(path: Path | str, judge: str | None = None) -> Reference:

@@ -54,6 +54,7 @@ def test_the_folder_holds_what_others_can_read(folder):
     assert "lm_head.weight" not in tensors  # tied: the embedding is there once
     assert tensors["backbone.layers.1.mixer.conv1d.weight"].shape == (32, 1, 4)
     assert (folder / "README.md").read_text() == "# A card\n"
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # the weights are for others as the rest is
 
 
 def test_load_gives_model_and_tokenizer(folder):

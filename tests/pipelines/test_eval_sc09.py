@@ -232,6 +232,7 @@ def test_statistics_belong_to_their_judge_and_are_checked(place: Path, tmp_path:
         reference.moments.covariance, np.cov(judged.features, rowvar=False), rtol=1e-4, atol=1e-9
     )
     assert (reference.facts.count, reference.facts.test_count) == (140, 40)
+    assert (place / "stats.safetensors").stat().st_mode == (place / "judge.toml").stat().st_mode
     assert reference.facts.data_sha256 == words.select(words.where(split="train")).fingerprint()
 
     folder = write_clips(tmp_path / "c", [word(n, 900) for n in range(3)])
