@@ -24,7 +24,7 @@ EPILOG = """\b
 Examples:
   mambagen train-sc09-classifier --data speech_commands_v0.02 --arch resnext29 --steps 20000
   mambagen train-sc09-classifier --data clips.csv --minutes 10 --out runs/judge
-  mambagen eval-sc09 --judge runs/judge/model --samples CLIPS
+  mambagen eval-sc09 --judge runs/judge/model --data clips.csv --samples CLIPS
 """
 ARCHITECTURES = ("small", "resnext29")
 
@@ -102,7 +102,7 @@ def as_table(result: "TrainJudgeResult") -> str:
     for digit, row in zip(result.digits, figures.confusion, strict=True):
         lines.append(f"{digit:<22}" + "".join(f"{count:>7}" for count in row))
     lines += ["", f"model       {result.model}"]
-    lines += [f"use it      mambagen eval-sc09 --judge {result.model} --samples CLIPS"]
+    lines += [f"use it      mambagen eval-sc09 --judge {result.model} --data DATA --samples CLIPS"]
     return "\n".join(lines)
 
 

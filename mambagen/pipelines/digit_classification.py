@@ -166,7 +166,7 @@ class JudgeCard:
             f"# {self.title}\n\n"
             f"A classifier of spoken digits ({model.kind}) with {parameters:,} parameters: "
             f"{model.config.description}; written by mambagen {__version__}. It judges generated clips: "
-            "`mambagen eval-sc09 --judge THIS_FOLDER --samples CLIPS`.\n\n"
+            "`mambagen eval-sc09 --judge THIS_FOLDER --data DATA --samples CLIPS`.\n\n"
             "```python\nfrom mambagen.pipelines.sc09_judge import DigitJudge\n\n"
             'judged = DigitJudge("path/to/this/folder").judge(clips)   # (N, 16000) float32 at 16 kHz\n'
             "judged.log_p, judged.features, judged.is_digit\n```\n\n"

@@ -118,6 +118,7 @@ def load_reference(path: Path | str, judge: str | None = None) -> Reference:
         raise ModelError(f"{path}: is no file of mambagen sc09-stats or damaged: {error}") from None
     if judge is not None and facts.judge != judge:
         raise ModelError(
-            f"{path}: was made with another judge; make statistics for this one with mambagen sc09-stats --judge"
+            f"{path}: was made with another judge; give real digits with --data, or statistics that mambagen "
+            f"sc09-stats --judge made with this one"
         )
     return Reference(facts, Moments(mean, covariance, facts.count), arrays["mean_prediction"])

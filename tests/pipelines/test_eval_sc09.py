@@ -97,6 +97,11 @@ def test_training_goes_on_and_is_refused_for_other_data(place: Path, capsys: pyt
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 92
     assert result["figures"]["test"]["rows"] == 40
+    assert cli.run(["train-sc09-classifier", "--resume", run, "--steps", "93"]) == 0
+    advice = capsys.readouterr().out.splitlines()[-1].split()  # use it  mambagen eval-sc09 ...
+    clips = write_clips(place / "advised", [word(digit, 700) for digit in range(10)])
+    words = [{"DATA": str(place / "words"), "CLIPS": str(clips)}.get(each, each) for each in advice[3:]]
+    assert cli.run([*words, "--no-report", "--out", str(place / "as advised")]) == 0
     assert cli.run(["train-sc09-classifier", "--resume", run, "--batch", "8"]) == 2
     assert "--batch cannot change" in capsys.readouterr().err
     assert cli.run(["train-sc09-classifier"]) == 2
