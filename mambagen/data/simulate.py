@@ -13,6 +13,7 @@ every branch, so composition says nothing, and what an ideal classifier can reac
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,10 +382,9 @@ def _write(simulated: SimulatedSpecies, folder: Path) -> None:
             folder.rmdir()
         os.rename(scratch, folder)
     except OSError as error:
-        import shutil
-
-        shutil.rmtree(scratch, ignore_errors=True)
         raise ResourceError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # what is left of a failed or interrupted write
 
 
 def _repeat_rows(simulated: SimulatedSpecies) -> Iterator[str]:

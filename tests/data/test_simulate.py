@@ -14,7 +14,7 @@ from mambagen.data.phylogeny import parse_newick, yule_tree
 from mambagen.data.simulate import SpeciesModel, _families, _splice, _Strand, simulate_species
 from mambagen.data.simulate_ideal import expected_ideal_accuracy, ideal_accuracy
 from mambagen.data.substitution import HKY, equilibrium_bases, substitute, substitute_each
-from mambagen.errors import UsageError
+from mambagen.errors import ResourceError, UsageError
 
 MODEL = HKY((0.35, 0.15, 0.2, 0.3), kappa=5.0, alpha=0.6)
 
@@ -149,6 +149,19 @@ def test_files_are_what_the_function_returns_and_the_same_each_time(tmp_path: Pa
                            if k != "numpy"}) == first.model  # fmt: skip
     with pytest.raises(UsageError, match="exists already"):
         simulate_species(3, out=tmp_path / "a")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+def test_nothing_is_left_of_a_write_that_did_not_end(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(simulated: object) -> list[str]:
+        raise error
+
+    monkeypatch.setattr("mambagen.data.simulate._repeat_rows", fails)
+    with pytest.raises((KeyboardInterrupt, ResourceError)):
+        simulate_species(2, length=10_000, chromosomes=3, out=tmp_path / "species")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trees_are_drawn_scaled_and_read_back() -> None:
