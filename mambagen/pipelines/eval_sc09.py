@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mambagen.data.generated_clips import GeneratedClips, read_generated
 from mambagen.data.spoken_words import DIGITS, RATE, SpokenWords
+from mambagen.data.wav import to_int16, write_wav
 from mambagen.data.whole_file import whole_file
 from mambagen.errors import InputError, UsageError
 from mambagen.pipelines.sc09_data import read_words
@@ -191,9 +192,7 @@ def clips_table(result: EvalSc09Result, candidates: Candidates, judged: Judged) 
 
 
 def write_samples(folder: Path, samples: NDArray[np.float32]) -> None:
-    """The generated clips as 16-bit WAV files."""
-    import soundfile
-
+    """The generated clips as 16-bit WAV files, the same as generate-audio writes."""
     folder.mkdir(exist_ok=True)
     for row, clip in enumerate(samples):
-        soundfile.write(folder / f"{row:05d}.wav", np.clip(clip, -1, 1), RATE, subtype="PCM_16")
+        write_wav(folder / f"{row:05d}.wav", to_int16(clip), RATE)

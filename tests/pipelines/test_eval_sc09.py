@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,12 @@ from mambagen import cli
 from mambagen.data.generated_clips import asked_digit, natural, read_generated, summary
 from mambagen.data.quantise import MuLaw
 from mambagen.data.spoken_words import DIGITS, read_spoken_words
+from mambagen.data.wav import to_int16
 from mambagen.models import load_model, save_model
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
 from mambagen.models.builtin import find_model
 from mambagen.pipelines.audio_language_model import audio_loss
+from mambagen.pipelines.eval_sc09 import write_samples
 from mambagen.pipelines.sc09_findings import find_faults
 from mambagen.pipelines.sc09_generation import Generator
 from mambagen.pipelines.sc09_judge import DigitJudge, Judged
@@ -294,8 +297,21 @@ def test_a_model_is_asked_for_clips_and_its_likelihood_of_real_ones_is_measured(
     from mambagen.pipelines.sc09_generation import Sampling
 
     few, more = (generator.make(count, 0, Sampling()) for count in (2, 9))
+    written = [soundfile.read(tmp_path / "o" / "samples" / f"0000{n}.wav", dtype="int16")[0] for n in range(2)]
+    np.testing.assert_array_equal(written, to_int16(few.samples))  # as generate-audio writes them
     np.testing.assert_array_equal(few.samples, more.samples[:2])
     np.testing.assert_allclose(few.log_likelihood, more.log_likelihood[:2], rtol=1e-5)
+
+
+def test_a_full_disk_leaves_no_half_of_a_sample(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="00000.wav"):
+            write_samples(tmp_path / "samples", np.zeros((2, RATE), np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "samples").iterdir()) == []
 
 
 def test_findings_tell_noise_collapse_copies_and_silence() -> None:
