@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 BOOTSTRAP_DRAWS = 200
 BOOTSTRAP_DRAWS_WIDE = 30  # where features are so many that one FID takes most of a second
 WIDE = 512
+FEWEST = 10  # clips that a line is laid through
 LEVEL = 0.95
 
 
@@ -166,11 +167,12 @@ def bootstrap(
 def unbiased_fid(features: Array, reference: Moments, seed: int = 0, points: int = 12) -> float:
     """FID for infinitely many generated clips: a line in 1 / N through subsets of several sizes (arXiv 1911.07023).
 
-    FID of N clips exceeds its limit by a term in 1 / N. What the reference's own finite number adds stays.
+    FID of N clips exceeds its limit by a term in 1 / N. What the reference's own finite number adds stays. Of fewer
+    than FEWEST clips it is FID as it is.
     """
     count = len(features)
     smallest = max(2, count // 5)
-    if count < 10:
+    if count < FEWEST:
         return frechet_distance(reference, Moments.of(features))
     random = np.random.default_rng(seed)
     sizes = np.unique(np.linspace(smallest, count, points).astype(int))

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mambagen.data.generated_clips import summary
+from mambagen.pipelines.sc09_findings import ENOUGH
 from mambagen.pipelines.sc09_judge import Judged
-from mambagen.pipelines.sc09_metrics import Interval
+from mambagen.pipelines.sc09_metrics import FEWEST, Interval
 from mambagen.pipelines.sc09_published import PUBLISHED, THRESHOLDS, SashimiScores
 from mambagen.pipelines.sc09_results import Candidates, EvalSc09Config, EvalSc09Result
 from mambagen.reports.sc09_page import Sc09Report, ShownClip
@@ -47,6 +48,8 @@ def findings(result: EvalSc09Result) -> list[str]:
     """What is wrong, what the figures are worth."""
     found = list(result.findings) or [
         "Nothing suspicious was found: the clips are heard as digits, use all of them, and differ from one another."
+        if result.scores.count >= ENOUGH
+        else f"Nothing suspicious was found, but fewer than {ENOUGH} clips do not tell whether all digits are in use."
     ]
     if result.fid_biased:
         found.append(bias_warning(result))
@@ -63,10 +66,12 @@ def notes_in_short(result: EvalSc09Result) -> list[str]:
 def bias_warning(result: EvalSc09Result) -> str:
     """Why FID of few clips is too high, and what it would be."""
     size = len(result.reference.moments.mean)
+    warning = f"FID is biased upwards: {result.scores.count:,} clips are fewer than twice the {size} features."
+    if result.scores.count < FEWEST:
+        return f"{warning} They are too few to say what it is for infinitely many."
     return (
-        f"FID is biased upwards: {result.scores.count:,} clips are fewer than twice the {size} features. Extrapolated "
-        f"to infinitely many clips it is {result.scores.fid_unbiased:.2f}, where {result.scores.fid.value:.2f} was "
-        "found."
+        f"{warning} Extrapolated to infinitely many clips it is {result.scores.fid_unbiased:.2f}, where "
+        f"{result.scores.fid.value:.2f} was found."
     )
 
 

@@ -144,6 +144,15 @@ def test_real_clips_are_near_the_reference_and_what_was_asked_is_heard(place: Pa
     assert not (place / "n" / "report.html").exists()
 
 
+def test_of_a_few_clips_no_more_is_said_than_they_show(place: Path, evaluate: Run) -> None:
+    folder = write_clips(place / "four", [word(digit, 800) for digit in range(4)])
+    code, told, _ = evaluate("--samples", folder, "--out", place / "four-judged", "--no-report")
+    assert code == 0
+    assert "fewer than 20 clips do not tell whether all digits are in use" in told
+    assert "They are too few to say what it is for infinitely many." in told
+    assert "use all of them" not in told
+
+
 def test_a_generator_that_says_one_digit_is_told_so(place: Path, evaluate: Run) -> None:
     folder = write_clips(place / "one", [word(7, 600 + n) for n in range(30)])
     code, told, _ = evaluate("--samples", folder, "--out", place / "one-judged", "--no-report", "-n", 25)
@@ -307,7 +316,7 @@ def test_a_full_disk_leaves_no_half_of_a_sample(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match="00000.wav"):
+        with pytest.raises(OSError, match=r"00000\.wav"):
             write_samples(tmp_path / "samples", np.zeros((2, RATE), np.float32))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
