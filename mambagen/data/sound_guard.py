@@ -35,12 +35,17 @@ class Guard:
     def window_samples(self) -> int:
         return round(self.window * self.rate)
 
+    @property
+    def memory(self) -> int:
+        """Samples from the end that are enough to tell a fault, where it is known that there were more of them."""
+        return round(max(self.silence, self.first_sound) * self.rate) + self.window_samples
+
     def fault(self, samples: Samples, begun: bool = False) -> Fault | None:
         """What is wrong with the end of what was generated so far.
 
         Args:
-            samples: all of it, without the prompt.
-            begun: something was to be heard before (a prompt): only a long silence counts.
+            samples: all of it without the prompt, or the last `memory` of them.
+            begun: something was to be heard before (a prompt, or what is not given here): only a long silence counts.
         """
         window = samples[-self.window_samples :]
         if len(window) >= _SEGMENT:

@@ -354,9 +354,10 @@ class AudioVoice:
                         wrong[row], stream.fault = found[i], found[i][1]
 
     def _fault(self, tokens: Tokens, finished: bool, prompt: Tokens) -> Fault | None:
-        samples = self.quantiser.decode(tokens)
-        fault = self.guard.fault(samples, begun=len(prompt) > 0)
-        if fault is None and finished and not len(prompt) and len(samples) >= self.guard.window_samples:
+        samples = self.quantiser.decode(tokens[-self.guard.memory :])
+        begun = len(prompt) > 0 or len(tokens) > len(samples)
+        fault = self.guard.fault(samples, begun)
+        if fault is None and finished and not begun and len(samples) >= self.guard.window_samples:
             fault = replace(self.guard, first_sound=0.0).fault(samples)
         return fault
 
@@ -480,13 +481,14 @@ class AudioVoice:
                 meter.add(block, index)
                 if before is None or len(made) - checked < self.guard.window_samples:
                     continue
-                fault = self.guard.fault(self.quantiser.decode(made), begun=len(prompt) > 0)
+                fault = self._fault(made, False, prompt)
                 if fault and attempt < ATTEMPTS:
                     attempt, back = attempt + 1, back + 1
                     stepper.restore(before)
                     seed = stream_seed(config.seed, index, 0, attempt)
                     made = made[:checked]
                 else:
+                    made = made[-self.guard.memory - 1 :]  # a stream may last for hours
                     before, checked = stepper.snapshot(), len(made)
         meter.add(0, config.count)
         return back

@@ -54,6 +54,13 @@ def test_silence_counts_from_the_start_at_once_and_later_after_long() -> None:
     assert GUARD.fault(np.tile(silence, 4), begun=True) == "silence"
 
 
+def test_the_last_seconds_are_enough_of_a_long_sound() -> None:
+    silence = np.full(RATE, 1e-4, np.float32)
+    for end in (vowel(2.0), np.tile(silence, 2), np.tile(silence, 4), RNG.normal(0, 0.3, RATE).astype(np.float32)):
+        sound = np.concatenate((vowel(4.0), end))
+        assert GUARD.fault(sound[-GUARD.memory :], begun=True) == GUARD.fault(sound)
+
+
 @pytest.mark.parametrize("quiet", [3.0, 3.5])
 def test_it_goes_back_to_before_the_fault(quiet: float) -> None:
     sound = np.concatenate((vowel(1.0), np.zeros(round(quiet * RATE), np.float32)))

@@ -302,6 +302,32 @@ def test_a_stream_that_runs_away_goes_on_from_before(voice: AudioVoice, monkeypa
     assert [seed for _, seed in calls][-1] == stream_seed(0, 0, 0, 1)
 
 
+def test_a_stream_of_hours_takes_no_longer_for_each_second(voice: AudioVoice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guard looks at is bounded, and silence late in a long stream is noticed as in a short one."""
+    tone = MuLaw().encode(0.3 * np.sin(np.arange(4000) * 0.2))
+    silence = np.full(4000, 128, np.uint8)
+    drawn, looked = 0, []
+
+    def draw(stepper: object, steps: int, seeds: list[int], config: object) -> np.ndarray:
+        nonlocal drawn
+        drawn += steps
+        return (silence if drawn > 20 * RATE and seeds[0] == stream_seed(0, 0) else tone)[None, :steps]
+
+    fault = voice.guard.fault
+    monkeypatch.setattr(voice, "_draw", draw)
+    monkeypatch.setattr(
+        type(voice.guard),
+        "fault",
+        lambda guard, samples, begun=False: looked.append(len(samples)) or fault(samples, begun),
+    )
+    written: list[np.ndarray] = []
+    assert voice.stream(GenerateAudioConfig(seconds=30), written.append) == 1
+    assert sum(map(len, written)) == 30 * RATE
+    quiet = [i for i, block in enumerate(written) if np.abs(block).max() < 50]
+    assert 3 * RATE <= sum(len(written[i]) for i in quiet) < 3.5 * RATE
+    assert max(looked) == voice.guard.memory < 4 * RATE
+
+
 def test_a_wav_s_header_is_the_standard_one() -> None:
     samples = to_int16([0.0, 0.5, -1.0, 1.0, 2.0, -7.0])
     assert samples.tolist() == [0, 16384, -32768, 32767, 32767, -32768]
