@@ -6,23 +6,25 @@
 
 "s4d", which comes first: the train step of one S4D layer (forward, backward) beside the usual implementation in plain
 torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs. "length": encoders of one size
-at lengths of 128 to 131072, under bfloat16 autocast; `bert` is attention by PyTorch's flash kernels. --out is written
-anew after every row, so a time limit loses nothing.
+at lengths of 128 to 131072, under bfloat16 autocast, launched from Python and, as "graph", recorded as CUDA graphs,
+which is how the training loop runs steps of so few tokens; `bert` is attention by PyTorch's flash kernels. --out is
+written anew after every row, so a time limit loses nothing.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import median_ms, print_table, write_json
-from benchmarks.train import profile
+from benchmarks.train import profile, recorded
 from mambagen.models.config import MAMBA_SIZES
 from mambagen.models.encoders import build_encoder, count_parameters, match_parameters
 from mambagen.models.s4d_mixer import S4D, S4DConfig
+from mambagen.training.cuda_graph import GraphedPass
 
 LENGTHS = tuple(1 << k for k in range(7, 18))
 WAYS = ("ours", "plain")
@@ -57,6 +59,9 @@ def encoder_rows(encoders: list[str], size: str, tokens: int, lengths: Sequence[
                 milliseconds, gigabytes = measured(run)
                 row[f"{part} Mtok/s"] = None if milliseconds is None else batch * length / milliseconds / 1e3
                 row[f"{part} GB"] = gigabytes
+            makers = {"forward": partial(recorded, forward), "train": partial(recorded_train, encoder, ids)}
+            for part, make in makers.items():  # a graph holds memory until it is gone
+                row[f"{part} graph Mtok/s"] = batch * length / median_ms(make(), seconds=0.3) / 1e3
             yield row
         encoder.zero_grad(set_to_none=True)
         del encoder, built
@@ -76,6 +81,24 @@ def passes(encoder: nn.Module, ids: Tensor) -> tuple[Callable[[], None], Callabl
         encoder.zero_grad(set_to_none=True)
 
     return forward, train
+
+
+def recorded_train(encoder: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """The pass with backward as the training loop records it."""
+
+    def loss(piece: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = encoder(piece["ids"], None)
+        return cast(Tensor, out.float().square().mean())
+
+    piece = {"ids": ids}
+    graphed = GraphedPass(encoder, loss, piece)
+
+    def train() -> None:
+        graphed(piece, 1)
+        encoder.zero_grad(set_to_none=True)
+
+    return train
 
 
 def plain_s4d(layer: S4D, x: Tensor) -> Tensor:
