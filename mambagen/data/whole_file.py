@@ -5,6 +5,7 @@ import errno
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -51,6 +52,30 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def writable_folder(path: Path, make: bool) -> Iterator[None]:
+    """Have a folder (with `make` a new one, if need be) into which files can be written: said before the work.
+
+    A folder that was made here and holds nothing when the block fails is taken away again.
+
+    Raises ResourceError where it is missing or cannot be written.
+    """
+    new = make and not path.exists()
+    try:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from None
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def byte_output(path: Path | str | None) -> Iterator[BinaryIO]:
     """Where bytes go: stdout for None and ``-``, else a file that gets its name when it is whole.
 
@@ -70,8 +95,18 @@ def byte_output(path: Path | str | None) -> Iterator[BinaryIO]:
         if Path(path).suffix == ".gz":
             import pysam
 
-            with pysam.BGZFile(str(partial), "wb", None) as packed:
-                yield cast(BinaryIO, packed)
+            before = pysam.set_verbosity(0)  # htslib would speak of its own of a failed write
+            try:
+                with pysam.BGZFile(str(partial), "wb", None) as packed:
+                    yield cast(BinaryIO, packed)
+            except OSError as error:
+                if "BGZFile" not in str(error):
+                    raise
+                raise ResourceError(
+                    f"{path}: cannot be written whole; is the disk full? Free some space and try again"
+                ) from None
+            finally:
+                pysam.set_verbosity(before)
         else:
             with open(partial, "wb") as plain:
                 yield plain

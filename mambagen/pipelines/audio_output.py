@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from mambagen.data.wav import wav_header, write_wav
+from mambagen.data.whole_file import writable_folder
 from mambagen.errors import UsageError
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig, MadeClip
 from mambagen.reports.page import Page
@@ -44,8 +45,19 @@ def clips_to_files(
         ResourceError, OSError: the disk is full or refuses; what is there under its name is whole.
     """
     single = out.suffix.lower() == ".wav"
-    if not single:
-        out.mkdir(parents=True, exist_ok=True)
+    with writable_folder(out.parent if single else out, make=not single):
+        yield from _clips_to_files(voice, config, out, single, report, show, warn)
+
+
+def _clips_to_files(
+    voice: AudioVoice,
+    config: GenerateAudioConfig,
+    out: Path,
+    single: bool,
+    report: bool,
+    show: Callable[[str], None] | None,
+    warn: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
     heard: list[tuple[str, MadeClip]] = []
     for clip in voice.clips(config, show, warn):
         file = out if single else out / file_name(clip, config.count)

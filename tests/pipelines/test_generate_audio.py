@@ -264,6 +264,22 @@ def test_clips_go_to_a_folder_with_a_row_each(command: Command, tmp_path: Path) 
     assert "clips: exists already" in err
 
 
+def test_where_nothing_can_be_written_nothing_is_made(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said at once, not after an hour of sound; and a prompt that is none leaves no empty folder."""
+    monkeypatch.setattr(AudioVoice, "clips", lambda *_: pytest.fail("clips were made"))
+    (tmp_path / "file").write_text("")
+    for out in ("none/one.wav", "file/clips", "/proc/clips"):
+        code, _, err = command("--out", out)
+        assert (code, err.count("\n")) == (5, 1)
+        assert f"{Path(out).parent if out.endswith('.wav') else out}: cannot be written: " in err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert command("--prompt", "file", "--out", "clips")[0] == 3
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_stream_holds_the_same_sound_as_the_files(command: Command, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "prompt.wav", 0.1 * np.sin(np.arange(300) * 0.1), RATE)
     arguments = ("-n", 2, "--digit", "7,0", "--seconds", 0.05, "--prompt", "prompt.wav", "--seed", 3)
@@ -465,7 +481,7 @@ def test_a_full_disk_leaves_no_half_file(command: Command, tmp_path: Path) -> No
     assert code == 5
     assert err.count("\n") == 1
     assert "clips/0001-one.wav: File too large; " in err
-    assert list((tmp_path / "clips").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def generate_into(folder: Path, sink: str, stderr: Path) -> None:
