@@ -102,7 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code; `arguments` are those after the program's name."""
     if "_MAMBAGEN_COMPLETE" in os.environ:  # the shell asks for completions: click answers
         mambagen.main(prog_name="mambagen")
+    _replace_closed_streams()
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _replace_closed_streams() -> None:
+    """What is written to a stream that the caller had closed (>&-), which Python gives as None, goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
 
 
 def run(arguments: list[str]) -> int:

@@ -44,8 +44,8 @@ def classify(
     """
     check_inputs(fasta, device)
 
-    from mambagen.data.whole_file import row_output
     from mambagen.pipelines.classify import Classifier, each_file
+    from mambagen.pipelines.row_output import row_output
 
     classifier = Classifier(model, device, batch_tokens, average_strands)
     columns = ["record", "length", "class", *(f"p_{name}" for name in classifier.classes)]

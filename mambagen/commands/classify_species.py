@@ -80,8 +80,8 @@ def classify_species(
     if per_window is not None and (out or Path("-")).absolute() == per_window.absolute():
         raise UsageError(f"--out and --per-window are both {per_window}; give them two files")
 
-    from mambagen.data.whole_file import row_output
     from mambagen.pipelines.classify_species import MAX_WINDOWS, SpeciesReader
+    from mambagen.pipelines.row_output import row_output
 
     at_most = None if all_windows else max_windows or MAX_WINDOWS
     reader = SpeciesReader(model, device, batch_tokens, at_most, min_confidence, rna)

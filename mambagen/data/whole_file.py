@@ -6,11 +6,11 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from mambagen.errors import InputError, ResourceError, UsageError
+from mambagen.errors import ResourceError, UsageError
 
 STDOUT = "-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a failed write does not say to what file
@@ -110,36 +110,6 @@ def byte_output(path: Path | str | None) -> Iterator[BinaryIO]:
         else:
             with open(partial, "wb") as plain:
                 yield plain
-
-
-@contextlib.contextmanager
-def row_output(path: Path | str | None, header: str = "") -> Iterator[Callable[[str], None]]:
-    """A function that writes rows of text, in UTF-8, to where `byte_output` would.
-
-    An InputError does not undo the rows there are: the file gets its name, then the error goes on. It is how a job
-    over several files ends of which one was bad. Without a row nothing is written over an earlier file.
-    """
-    failure: InputError | None = None
-    with byte_output(path) as stream:
-        seen = stream is sys.stdout.buffer and sys.stdout.isatty()
-        rows = 0
-
-        def write(row: str) -> None:
-            nonlocal rows
-            rows += 1
-            stream.write(row.encode())
-            if seen:  # by someone who waits for it
-                stream.flush()
-
-        stream.write(header.encode())
-        try:
-            yield write
-        except InputError as error:
-            if not rows:
-                raise
-            failure = error
-    if failure is not None:
-        raise failure
 
 
 def _is_special(path: Path) -> bool:

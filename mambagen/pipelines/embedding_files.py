@@ -5,6 +5,7 @@ vector a base: `embedding` (bases, d_model), where region i has the rows `offset
 columns `record`, `start`, `end`, `name`, `embedding`, a row a region or a base.
 """
 
+import io
 import json
 import zipfile
 from abc import ABC, abstractmethod
@@ -129,7 +130,8 @@ class _Hdf5File(_Held):
     ) -> None:
         import h5py
 
-        self._file = h5py.File(path, "w")
+        self._disk = _LastingDisk(path)
+        self._file = h5py.File(self._disk, "w")
         self._file.attrs.update({key: "" if value is None else value for key, value in about.items()})
         for name, values in _tables(spans, pooled).items():
             if values.dtype.kind == "U":
@@ -153,6 +155,45 @@ class _Hdf5File(_Held):
             self._vectors[self._written : self._written + len(rows)] = rows
             self._written += len(rows)
             self._held = []
+        if self._disk.failure:
+            raise self._disk.failure
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._file.close()  # also where the last rows did not fit
+            self._disk.close()
+        if kind is None and self._disk.failure:
+            raise self._disk.failure
+
+
+class _LastingDisk(io.FileIO):
+    """A new file whose failed writes are remembered, not raised: HDF5 crashes the process where it cannot close."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of ``data``, or what of it fits."""
+        view = memoryview(data).cast("B")
+        try:
+            done = 0
+            while done < len(view):
+                done += super().write(view[done:])
+        except OSError as error:
+            self.failure = self.failure or error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
 
 
 class _ParquetFile(_Held):

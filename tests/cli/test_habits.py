@@ -153,3 +153,10 @@ def test_stdout_that_is_a_full_disk_is_exit_5() -> None:
     assert done.returncode == 5
     assert "No space left on device" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_streams_that_are_closed_are_no_bug() -> None:
+    for redirection in (">&-", "2>&-", ">&- 2>&-"):
+        closed = ["sh", "-c", f'exec "$@" {redirection}', "sh", *MAMBAGEN]
+        assert subprocess.run([*closed, "--version"], capture_output=True).returncode == 0
+        assert subprocess.run([*closed, "data", "list", "--nope"], capture_output=True).returncode == 2

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,31 @@ def test_errors_are_one_line_and_leave_no_file(genome: Path, capsys, monkeypatch
         code, _, err = run(capsys, genome, "--model", "m", "--out", f"x.{suffix}")
         assert (code, len(err.splitlines())) == (2, 1)
         assert f"pip install {package}" in err
+
+
+def test_hdf5_on_a_full_disk_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    """In a process of its own: the limit is one of the process, and HDF5 ended it by a segmentation fault."""
+    pytest.importorskip("h5py")
+    code = (
+        "import errno, resource, numpy as np\n"
+        "from pathlib import Path\n"
+        "from mambagen.data.sequence_store import SequenceStore\n"
+        "from mambagen.pipelines.embedding_files import open_embeddings\n"
+        "from mambagen.pipelines.likelihood import Span\n"
+        "store = SequenceStore(None)\n"
+        "spans = [Span(store.put('a', np.zeros(200_000, dtype=np.uint8)), 0, 200_000)]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        "try:\n"
+        "    with open_embeddings(Path('e.h5'), 'h5', spans, 64, False, {}) as file:\n"
+        "        for start in range(0, 200_000, 1000):\n"
+        "            file.write(0, start, np.ones((1000, 64), dtype=np.float32))\n"
+        "except OSError as error:\n"
+        "    print(error.errno == errno.EFBIG, start)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[0] == "True"
+    assert int(done.stdout.split()[1]) < 100_000  # said soon after it happened, not at the end
 
 
 def test_an_unknown_pool_is_a_usage_error_in_python_too() -> None:
