@@ -206,7 +206,10 @@ def prepare_shards(
         for writer in writers.values():
             writer.abandon()
         shutil.rmtree(partial, ignore_errors=True)
-    return AudioShards(target), [*(f"left out: {text}" for text in bad[:NAMED]), *seen.lines(done)]
+    left_out = [f"left out: {text}" for text in bad[:NAMED]]
+    if len(bad) > NAMED:
+        left_out.append(f"left out: {len(bad):,} of {done:,} files in all")
+    return AudioShards(target), [*left_out, *seen.lines(done)]
 
 
 def divide(clips: Sequence[ClipSource], valid_fraction: float) -> tuple[list[ClipSource], bool]:

@@ -66,6 +66,7 @@ class TrainConfig(BaseModel):
 
 
 Config = TypeVar("Config", bound=TrainConfig)
+OPTIONS = {"lengths": "length"}  # keys that are options by another name
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -118,5 +119,6 @@ def explain_invalid(
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, list(kind.model_fields), n=1)
         return f"{where}unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    name = f"--{key.replace('_', '-')}" if key in options else f"{where}{key}"
+    given = str(first["loc"][0])  # of "lengths.0" the option that gave the list
+    name = f"--{OPTIONS.get(given, given).replace('_', '-')}" if given in options else f"{where}{key}"
     return f"{name} is {first['input']!r}: {str(first['msg']).removeprefix('Value error, ')}"

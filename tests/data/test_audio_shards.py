@@ -173,6 +173,12 @@ def test_bad_files_are_all_named_or_left_out(tmp_path: Path) -> None:
     assert any("4 of 7 files, as" in line and "resampled from 8,000 to 16,000 Hz" in line for line in warnings)
     assert sum(line.startswith("left out") for line in warnings) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "shards"]
+    for i in range(3):
+        (tmp_path / "in" / f"more{i}.wav").write_text("no sound")
+    _, warnings = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "again", skip_bad=True)
+    left_out = [line for line in warnings if line.startswith("left out")]
+    assert len(left_out) == 4  # three by name
+    assert left_out[-1] == "left out: 5 of 10 files in all"
 
 
 def test_damaged_shards_are_refused(tmp_path: Path) -> None:

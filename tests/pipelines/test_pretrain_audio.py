@@ -266,6 +266,7 @@ def test_every_row_of_the_ablation_can_be_built(tmp_path: Path) -> None:
         (("--data", "words", "--pool", "4,x"), 2, "--pool 4,x: it must be a whole number"),
         (("--data", "words", "--pool", "1"), 2, "the architecture: pool"),
         (("--data", "words", "--length", "64,32"), 2, "lengths must grow"),
+        (("--data", "words", "--length", "64,7"), 2, "--length is 7: "),
         (("--data", "words", "--length", "32,64", "--minutes", "1"), 2, "give steps"),
         (("--data", "words", "--from", "none"), 4, "no such model folder"),
         (("words",), 2, "stands alone"),
@@ -273,7 +274,7 @@ def test_every_row_of_the_ablation_can_be_built(tmp_path: Path) -> None:
         (("--data", "demo"), 3, "is dna, not audio"),
     ],
     ids=[
-        *("no-data", "missing", "label", "text", "empty", "pool", "pool-1", "shrink", "minutes", "from", "alone"),
+        *("no-data", "missing", "label", "text", "empty", "pool", "pool-1", "shrink", "short", "minutes", "from", "alone"),
         *("resume", "dna"),
     ],
 )
