@@ -74,7 +74,7 @@ class AudioInfo:
 def read_audio(
     path: str | Path,
     rate: int | None = 16_000,
-    fix_nan: bool = False,
+    fix_nan: bool | None = False,
     start: int = 0,
     frames: int | None = None,
     limit_seconds: float | None = None,
@@ -82,7 +82,8 @@ def read_audio(
     """A file, or a part of it, as mono float32 at `rate` samples a second (None: the file's own).
 
     Args:
-        fix_nan: samples that are NaN or infinite become 0 with a warning; otherwise they are an error.
+        fix_nan: samples that are NaN or infinite become 0 with a warning; otherwise they are an error, which names the
+            option --fix-nan unless this is None.
         start, frames: the part, counted at the file's own rate; frames None: to the end.
         limit_seconds: a longer part is refused.
 
@@ -264,7 +265,9 @@ def _ogg_ends(path: str | Path) -> bool:
     return at >= 0 and len(tail) > at + 5 and bool(tail[at + 5] & 4)
 
 
-def _check_finite(path: str | Path, channels: NDArray[np.float32], fix_nan: bool, warnings: list[AudioWarning]) -> None:
+def _check_finite(
+    path: str | Path, channels: NDArray[np.float32], fix_nan: bool | None, warnings: list[AudioWarning]
+) -> None:
     finite = np.isfinite(channels)
     bad = int(channels.size - np.count_nonzero(finite))
     if not bad:
@@ -274,8 +277,8 @@ def _check_finite(path: str | Path, channels: NDArray[np.float32], fix_nan: bool
         raise InputError.at(
             path,
             None,
-            f"{bad:,} of {channels.size:,} samples are NaN or infinite (the first in frame {first:,}); "
-            f"--fix-nan makes them 0",
+            f"{bad:,} of {channels.size:,} samples are NaN or infinite (the first in frame {first:,})"
+            + ("" if fix_nan is None else "; --fix-nan makes them 0"),
         )
     channels[~finite] = 0.0
     warnings.append(AudioWarning("nan", f"{bad:,} of {channels.size:,} samples were NaN or infinite: set to 0"))

@@ -112,7 +112,7 @@ def _read(path: Path, root: Path) -> tuple[NDArray[np.float32] | None, list[Note
     name = str(path.relative_to(root))
     try:
         info = audio_info(path)
-        clip = read_audio(path, RATE, frames=min(info.frames, int((1 + MORE) * info.rate) + 1))
+        clip = read_audio(path, RATE, fix_nan=None, frames=min(info.frames, int((1 + MORE) * info.rate) + 1))
     except InputError as error:
         text = str(error).removeprefix(f"{path}: ")
         return None, [Note(name, "unreadable", f"left out: {text}", left_out=True)]

@@ -237,7 +237,7 @@ def _read_all(files: Sequence[Path]) -> list[NDArray[np.int16]]:
 
 
 def _read_int16(path: Path) -> NDArray[np.int16]:
-    samples = read_audio(path, RATE).samples
+    samples = read_audio(path, RATE, fix_nan=None).samples
     return np.clip(np.rint(samples * 32768), -32768, 32767).astype(np.int16)
 
 

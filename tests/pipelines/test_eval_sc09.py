@@ -174,6 +174,7 @@ def test_each_file_that_is_not_as_expected_is_named_with_what_was_done(place: Pa
     soundfile.write(folder / "short.wav", word(3, 703, 0.5), RATE)
     soundfile.write(folder / "long.flac", np.tile(word(4, 704, 1.0), 3), RATE)
     soundfile.write(folder / "silent.wav", np.zeros(RATE), RATE)
+    soundfile.write(folder / "holes.wav", np.full(100, np.nan), RATE, subtype="FLOAT")
     (folder / "readme.txt").write_text("not looked at")
     code, told, _ = evaluate("--samples", folder, "--out", place / "bad-judged", "--json", "--shown", 1)
     assert code == 0
@@ -182,20 +183,21 @@ def test_each_file_that_is_not_as_expected_is_named_with_what_was_done(place: Pa
     assert notes == {
         "empty.wav": "left out: is empty (0 bytes)",
         "fast.wav": "resampled from 44,100 to 16,000 Hz",
+        "holes.wav": "left out: 100 of 100 samples are NaN or infinite (the first in frame 0)",
         "long.flac": "too long: 3.00 s; the first second is used",
         "short.wav": "too short: 0.50 s; silence is put after it",
         "silent.wav": "silent: no sample is above -60 dBFS",
         "stereo.wav": "stereo: mixed to mono",
         "text.wav": "left out: is text, not audio",
     }
-    assert (result["clips"], result["files"]) == (11, 13)
+    assert (result["clips"], result["files"]) == (11, 14)
     page = (place / "bad-judged" / "report.html").read_text()
     assert all(name in page and text in page for name, text in notes.items())
     assert "Silent: 1 of 11 clips" in page
 
     code, _, err = evaluate("--samples", folder, "--out", place / "strict", "--strict", "--no-report")
     assert code == 3
-    assert "7 of 13 files are not as expected, the first: empty.wav: left out" in err
+    assert "8 of 14 files are not as expected, the first: empty.wav: left out" in err
     assert (place / "strict" / "metrics.json").exists()
 
 

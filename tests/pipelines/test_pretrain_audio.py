@@ -274,8 +274,8 @@ def test_every_row_of_the_ablation_can_be_built(tmp_path: Path) -> None:
         (("--data", "demo"), 3, "is dna, not audio"),
     ],
     ids=[
-        *("no-data", "missing", "label", "text", "empty", "pool", "pool-1", "shrink", "short", "minutes", "from", "alone"),
-        *("resume", "dna"),
+        *("no-data", "missing", "label", "text", "empty", "pool", "pool-1", "shrink", "short", "minutes"),
+        *("from", "alone", "resume", "dna"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -102,7 +102,7 @@ def test_masked_models_warm_up_too_and_what_does_not_fit_is_one_line(pretrain: P
         (("--length-warmup", 5), "doubling it must lead to --context 32"),
         (("--length-warmup", 8, "--minutes", 1), "--length-warmup follows the steps"),
         (("--length-shares", "1,1"), "length_shares belong to length_warmup"),
-        (("--length-warmup", 8, "--length-shares", "1,x"), "length_shares.1 is 'x'"),
+        (("--length-warmup", 8, "--length-shares", "1,x"), "--length-shares is 'x'"),
         (("--length-warmup", 8, "--batch-tokens", 100), "multiple of --context"),
     ):
         code, _, err = pretrain(*extra)
