@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from mambagen.commands.inputs import check_inputs
+from mambagen.commands.inputs import check_inputs, rna_option
 from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, debug_option
 
 EPILOG = """\b
@@ -19,6 +19,7 @@ Examples:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("fasta", nargs=-1, required=True)
 @click.option("--average-strands", is_flag=True, help="Answer for a record and its reverse complement together.")
+@rna_option
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), default=1 << 16, show_default=True, metavar="N",
     help="Bases that go through the model at once.",
@@ -31,6 +32,7 @@ def classify(
     model: Path,
     fasta: tuple[str, ...],
     average_strands: bool,
+    rna: bool,
     batch_tokens: int,
     device: str,
     out: Path | None,
@@ -47,7 +49,7 @@ def classify(
     from mambagen.pipelines.classify import Classifier, each_file
     from mambagen.pipelines.row_output import row_output
 
-    classifier = Classifier(model, device, batch_tokens, average_strands)
+    classifier = Classifier(model, device, batch_tokens, average_strands, rna)
     columns = ["record", "length", "class", *(f"p_{name}" for name in classifier.classes)]
     with row_output(out, "" if as_json else "\t".join(columns) + "\n") as write:
         for row in each_file(classifier, fasta):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mambagen.commands.inputs import check_inputs
+from mambagen.commands.inputs import check_inputs, rna_option
 from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, debug_option
 from mambagen.errors import UsageError
 
@@ -44,7 +44,7 @@ Examples:
     "--per-window", type=click.Path(path_type=Path), metavar="FILE",
     help="Write the answer for each window that is read here: record, start, end, species, probability.",
 )  # fmt: skip
-@click.option("--rna", is_flag=True, help="The records are RNA: U is T (else it is warned of).")
+@rna_option
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), default=1 << 16, show_default=True, metavar="N",
     help="Bases that go through the model at once.",

@@ -2,7 +2,7 @@
 
 import click
 
-from mambagen.commands.inputs import check_inputs, model_option, running_options
+from mambagen.commands.inputs import check_inputs, model_option, rna_option, running_options
 from mambagen.commands.options import CONTEXT_SETTINGS, debug_option
 
 EPILOG = """\b
@@ -30,6 +30,7 @@ Examples:
     "--window", type=click.IntRange(min=1), default=32768, show_default=True, metavar="N",
     help="Bases that an encoder reads at once; longer sequences are read in such windows side by side.",
 )  # fmt: skip
+@rna_option
 @running_options
 @debug_option
 def embed(
@@ -40,6 +41,7 @@ def embed(
     pool: str,
     layer: int | None,
     window: int,
+    rna: bool,
     batch_tokens: int | None,
     precision: str,
     device: str,
@@ -62,4 +64,4 @@ def embed(
         def said(done: int, total: int) -> None:
             progress.state(f"{done:,} of {total:,} bases")
 
-        embed_files(asked, fasta, out, bed, pool, model, said)  # type: ignore[arg-type]
+        embed_files(asked, fasta, out, bed, pool, model, said, rna)  # type: ignore[arg-type]

@@ -15,6 +15,11 @@ def model_option(command: F) -> F:
     return click.option("--model", default="dna", show_default=True, metavar="FOLDER", help=what)(command)
 
 
+def rna_option(command: F) -> F:
+    """`--rna`, of commands that answer for records."""
+    return click.option("--rna", is_flag=True, help="The records are RNA: U is T (else it is warned of).")(command)
+
+
 def running_options(command: F) -> F:
     """`--batch-tokens`, `--precision` and `--device`, of commands that ask a model."""
     for option in (

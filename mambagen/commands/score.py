@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from mambagen.commands.inputs import check_inputs, model_option, running_options
+from mambagen.commands.inputs import check_inputs, model_option, rna_option, running_options
 from mambagen.commands.options import CONTEXT_SETTINGS, debug_option
 from mambagen.errors import UsageError
 
@@ -35,6 +35,7 @@ Examples:
     help="Bases in front of a region that the model reads first.",
 )  # fmt: skip
 @click.option("--unit", type=click.Choice(["nats", "bits"]), default="nats", show_default=True, help="Of the values.")
+@rna_option
 @running_options
 @click.option("--out", metavar="FILE", help="Write here, not to stdout; .gz is bgzip.")
 @click.option("--json", "as_json", is_flag=True, help="With --summary: a JSON object a line.")
@@ -48,6 +49,7 @@ def score(
     regions: str | None,
     context: int,
     unit: str,
+    rna: bool,
     batch_tokens: int | None,
     precision: str,
     device: str,
@@ -82,9 +84,9 @@ def score(
                 progress.state(f"{done:,} of {total:,} bases")
 
         if summary:
-            write_summaries(asked, fasta, out, regions, context, both_strands, unit, as_json, said)
+            write_summaries(asked, fasta, out, regions, context, both_strands, unit, as_json, said, rna)
         else:
-            write_scores(asked, fasta, out, form, regions, context, both_strands, unit, model, said)
+            write_scores(asked, fasta, out, form, regions, context, both_strands, unit, model, said, rna)
 
 
 def _format_of(out: str | None) -> str:

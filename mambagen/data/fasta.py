@@ -22,19 +22,20 @@ _RNA_TO_DNA = bytes.maketrans(b"Uu", b"Tt")
 
 
 def read_records(
-    path: str | Path, block_size: int = BLOCK, *, rna: bool = False, keep_empty: bool = False
+    path: str | Path, block_size: int = BLOCK, *, rna: bool = False, keep_empty: bool = False, warn_of_rna: bool = False
 ) -> Iterator[Record]:
     """The records of a FASTA, GenBank or 2bit file, in order; ``-`` reads stdin. The format is told by the content.
 
     Args:
         rna: U and u become T and t in the records' letters.
+        warn_of_rna: as `stream_pieces`.
         keep_empty: empty records come too, with length 0, for jobs that answer every record. They are warned of anyway.
 
     Raises InputError, naming file, line and record, where the file is not such a file, a record is not DNA or has no
     name, two records share a name, or none holds a sequence.
     """
     letters: list[NDArray[np.uint8]] = []
-    for piece in stream_pieces(path, block_size):
+    for piece in stream_pieces(path, block_size, warn_of_rna):
         letters.append(as_dna(piece.letters) if rna else piece.letters)
         if piece.last:
             letters = [part for part in letters if len(part)] or letters[:1]

@@ -36,12 +36,13 @@ class Piece:
     description: str = ""  # the header's text after the id
 
 
-def stream_pieces(path: str | Path, block_size: int = BLOCK) -> Iterator[Piece]:
+def stream_pieces(path: str | Path, block_size: int = BLOCK, warn_of_rna: bool = False) -> Iterator[Piece]:
     """The records of a FASTA, GenBank or 2bit file in pieces of about ``block_size`` letters; ``-`` reads stdin.
 
-    The format is told by the content. Empty records come too, with a warning. Raises InputError, naming file, line and
-    record, where the file is not such a file, a record is not DNA or has no name, two records share a name, or none
-    holds a sequence; the fault may be found after pieces of the same record were given.
+    The format is told by the content. Empty records come too, with a warning. With ``warn_of_rna`` the first record of
+    the file that holds U is warned of, as it is read as T wherever tokens are made. Raises InputError, naming file,
+    line and record, where the file is not such a file, a record is not DNA or has no name, two records share a name, or
+    none holds a sequence; the fault may be found after pieces of the same record were given.
     """
     lines_of: dict[str, int] = {}
     bases = length = 0
@@ -53,6 +54,12 @@ def stream_pieces(path: str | Path, block_size: int = BLOCK) -> Iterator[Piece]:
                 f"record '{piece.id}' occurs twice (line {lines_of[piece.id]} too); rename one",
             )
         lines_of[piece.id] = piece.line
+        if warn_of_rna and _holds_u(piece.letters):
+            warn_of_rna = False
+            log.warning(
+                "%s:%d: record '%s' holds U, which is read as T; say --rna where that is meant",
+                *(piece.path, piece.line, piece.id),
+            )
         length += len(piece.letters)
         bases += len(piece.letters)
         if piece.last:
@@ -86,6 +93,11 @@ def _pieces(path: str | Path, block_size: int) -> Iterator[Piece]:
         yield from map(_whole, genbank_records(name, text))
     else:
         raise InputError.at(name, line if start else None, _why_neither(start))
+
+
+def _holds_u(letters: NDArray[np.uint8]) -> bool:
+    text = letters.tobytes()
+    return b"U" in text or b"u" in text
 
 
 def _whole(record: Record) -> Piece:

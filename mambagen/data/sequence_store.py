@@ -52,11 +52,12 @@ class SequenceStore:
         paths: Iterable[str | Path],
         tokenizer: DnaTokenizer | None = None,
         keep: Callable[[str], bool] | None = None,
+        warn_of_rna: bool = False,
     ) -> "SequenceStore":
         """Read FASTA or GenBank files (``-``: stdin); of records that ``keep`` refuses, nothing is stored.
 
         A name that occurs in several files is told apart as ``FILE:NAME``. A file with a fault is left out whole, and
-        the fault is put into ``failures``.
+        the fault is put into ``failures``. ``warn_of_rna``: as `stream_pieces`.
 
         Raises UsageError where a file is given twice, ResourceError where the temporary file has no room.
         """
@@ -67,7 +68,7 @@ class SequenceStore:
             if resolved in seen:
                 raise UsageError(f"{path} is given twice; name each file once")
             seen.add(resolved)
-            store._add(path, keep)
+            store._add(path, keep, warn_of_rna)
         store._name_apart()
         return store
 
@@ -129,12 +130,12 @@ class SequenceStore:
         if self.failures:
             raise InputError("; ".join(str(failure) for failure in self.failures))
 
-    def _add(self, path: str | Path, keep: Callable[[str], bool] | None) -> None:
+    def _add(self, path: str | Path, keep: Callable[[str], bool] | None, warn_of_rna: bool) -> None:
         begun = self._file.seek(0, 2)
         records: list[StoredRecord] = []
         offset = at = begun
         try:
-            for piece in stream_pieces(path):
+            for piece in stream_pieces(path, warn_of_rna=warn_of_rna):
                 if keep is None or keep(piece.id):
                     at += self._write(self.tokenizer.encode(piece.letters))
                 if piece.last:

@@ -43,12 +43,21 @@ class Classifier:
     """A model of `train-classifier`, ready to be asked."""
 
     def __init__(
-        self, folder: Path | str, device: str = "auto", batch_tokens: int = 1 << 16, average_strands: bool = False
+        self,
+        folder: Path | str,
+        device: str = "auto",
+        batch_tokens: int = 1 << 16,
+        average_strands: bool = False,
+        rna: bool = False,
     ) -> None:
-        """`average_strands`: the answer is that of a record and of its reverse complement together."""
+        """
+        Args:
+            average_strands: the answer is that of a record and of its reverse complement together.
+            rna: U is expected; without it a file that holds U is warned of (and read as if U were T).
+        """
         self.model, fields = load_model(folder, choose_device(device), kinds=[SequenceClassifier.kind])
         self.classes: tuple[str, ...] = self.model.classes
-        self.batch_tokens, self.average_strands = batch_tokens, average_strands
+        self.batch_tokens, self.average_strands, self.rna = batch_tokens, average_strands, rna
         try:
             self.tokenizer = DnaTokenizer.model_validate(fields["tokenizer"])
         except ValidationError as error:
@@ -73,7 +82,7 @@ class Classifier:
         held: list[Record] = []
         bases = 0
         try:
-            for record in read_records(path, keep_empty=True):  # every record gets its row
+            for record in read_records(path, keep_empty=True, warn_of_rna=not self.rna):  # every record gets its row
                 held.append(record)
                 bases += len(record)
                 if bases >= AT_A_TIME * self.batch_tokens:

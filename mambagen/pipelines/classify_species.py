@@ -139,19 +139,12 @@ class SpeciesReader:
     def file(self, path: Path | str) -> Iterator[SpeciesRow]:
         """The records of one file, gathered into batches over their borders."""
         records: deque[_Open] = deque()
-        warned = False
         try:
-            for piece in stream_pieces(path):
+            for piece in stream_pieces(path, warn_of_rna=not self.rna):
                 if not records or records[-1].ended:
                     windows = RecordWindows(self.model.config.window, self.max_windows)
                     records.append(_Open(piece, windows, np.zeros(len(self.classes))))
                 record = records[-1]
-                if not self.rna and not warned and _holds_u(piece.letters):
-                    warned = True
-                    log.warning(
-                        "%s:%d: record '%s' holds U, which is read as T; say --rna where that is meant",
-                        *(piece.path, piece.line, piece.id),
-                    )
                 for window in record.windows.feed(self.tokenizer.encode(piece.letters)):
                     self._add(record, window)
                 if piece.last:
@@ -233,8 +226,3 @@ class SpeciesReader:
 
     def _named(self, chances: NDArray[np.float64], best: int) -> str:
         return self.classes[best] if chances[best] >= self.min_confidence else UNKNOWN
-
-
-def _holds_u(letters: NDArray[np.uint8]) -> bool:
-    text = letters.tobytes()
-    return b"U" in text or b"u" in text

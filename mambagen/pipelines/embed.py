@@ -189,15 +189,17 @@ def embed_files(
     pool: Pool = "mean",
     model_name: str = "",
     said: Callable[[int, int], None] | None = None,
+    rna: bool = False,
 ) -> None:
     """Write the vectors of all records, or of the regions of a BED file, as `embedding_files` says.
 
-    The file is there when it is whole. A FASTA that cannot be read does not keep the others from being done.
+    The file is there when it is whole. A FASTA that cannot be read does not keep the others from being done; one that
+    holds U is warned of unless it is meant as ``rna``: U is read as T either way.
 
     Raises InputError at the end, naming the files that could not be read; UsageError for a name of no known suffix.
     """
     kind = check_suffix(out)
-    with SequenceStore.from_files(paths, model.tokenizer) as store:
+    with SequenceStore.from_files(paths, model.tokenizer, warn_of_rna=not rna) as store:
         if not store.records:
             store.raise_failures()
         spans = spans_of(store, regions, context=0, apart=True)

@@ -135,17 +135,19 @@ def write_scores(
     unit: str = "nats",
     model_name: str = "",
     said: Said | None = None,
+    rna: bool = False,
 ) -> None:
     """Write a value a base as "tsv", "bedgraph" or "bigwig" to a file (None: stdout; not for bigWig).
 
-    The file is there when it is whole. A FASTA that cannot be read does not keep the others from being done.
+    The file is there when it is whole. A FASTA that cannot be read does not keep the others from being done; one that
+    holds U is warned of unless it is meant as ``rna``: U is read as T either way.
 
     Raises InputError at the end, naming the files that could not be read; UsageError where bigWig cannot be written.
     """
     if form == "bigwig":
         check_bigwig()
     scale = UNITS[unit]
-    with SequenceStore.from_files(paths, model.tokenizer) as store:
+    with SequenceStore.from_files(paths, model.tokenizer, warn_of_rna=not rna) as store:
         pieces = pieces_of(model, store, _some_spans(store, regions, context, apart=False), both_strands, scale, said)
         if form == "bigwig":
             assert out is not None
@@ -173,10 +175,11 @@ def write_summaries(
     unit: str = "nats",
     as_json: bool = False,
     said: Said | None = None,
+    rna: bool = False,
 ) -> None:
     """Write a row a record or region as TSV or JSON lines; errors as `write_scores`."""
     scale = UNITS[unit]
-    with SequenceStore.from_files(paths, model.tokenizer) as store:
+    with SequenceStore.from_files(paths, model.tokenizer, warn_of_rna=not rna) as store:
         spans = _some_spans(store, regions, context, apart=True)
         with byte_output(out) as stream:
             if not as_json:

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 
 from mambagen import cli
+from mambagen.data.dna_tokens import DnaTokenizer
+from mambagen.models import save_model
+from mambagen.models.heads import ClassifierConfig, SequenceClassifier
+from mambagen.pipelines.dna_masked_model import DNA_COMPLEMENT
 from tests.data.helpers import random_dna
 from tests.pipelines.dna_models import small_folder
 
@@ -91,6 +95,28 @@ def test_odd_files_give_the_same_scores(case: str, place: Path, capfd) -> None:
         assert cli.run(["score", "--summary", "--model", "m", name]) == 0
         outputs.append(capfd.readouterr().out)
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("command", ["score", "embed", "classify"])
+def test_rna_is_warned_of_unless_it_is_meant(command: str, place: Path, capfd) -> None:
+    if command == "classify":
+        config = ClassifierConfig(
+            encoder="bimamba",
+            encoder_config={"d_model": 16, "n_layer": 1},
+            complement=DNA_COMPLEMENT,
+            classes=("a", "b"),
+        )
+        save_model(SequenceClassifier(config, seed=0), place / "c", DnaTokenizer().model_dump(mode="json"), "card")
+    arguments = ["classify", "c"] if command == "classify" else COMMANDS[command]
+    (place / "dna.fa").write_text(f">a\n{DNA}\n")
+    (place / "rna.fa").write_text(f">a\n{DNA.replace('T', 'U')}\n")
+    said = []
+    for rest in (["dna.fa"], ["rna.fa"], ["rna.fa", "--rna"]):
+        assert cli.run([*arguments, *rest]) == 0
+        said.append(capfd.readouterr())
+    assert said[0].out == said[1].out == said[2].out
+    assert (said[0].err, said[2].err) == ("", "")
+    assert "warning: rna.fa:1: record 'a' holds U, which is read as T; say --rna" in said[1].err
 
 
 def test_a_bgzip_file_without_its_end_marker_is_read_with_a_warning(place: Path, capfd) -> None:
