@@ -9,9 +9,12 @@ What cannot be used is an InputError of one line that names the file; what can b
 comes with a warning that says what.
 """
 
+import contextlib
 import math
 import os
 import struct
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +74,34 @@ class AudioInfo:
         return self.frames / self.rate
 
 
+@contextlib.contextmanager
+def without_remarks(progress: bool = False) -> Iterator[None]:
+    """Keep what libmpg123 has to say of damaged MP3 files off stderr: we say what is wrong in one line.
+
+    It takes stderr from the whole process, so it is for the main thread alone, and with `progress`, where others than
+    the reader write to a terminal meanwhile, it leaves terminals as they are.
+    """
+    if threading.current_thread() is not threading.main_thread() or (progress and os.isatty(2)):
+        yield
+        return
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+@without_remarks()
 def read_audio(
     path: str | Path,
     rate: int | None = 16_000,
@@ -124,6 +155,7 @@ def read_audio(
     return Clip(samples, rate or info.rate, tuple(warnings))
 
 
+@without_remarks()
 def audio_info(path: str | Path) -> AudioInfo:
     """Rate, channels and length by the header. Raises InputError as `read_audio` does."""
     with _opened(path) as file:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mambagen.data.audio_files import AudioWarning, read_audio, resample
+from mambagen.data.audio_files import AudioWarning, read_audio, resample, without_remarks
 from mambagen.data.audio_sources import SPLITS, ClipSource, Split
 from mambagen.data.quantise import AnyQuantiser, MuLaw, Quantiser
 from mambagen.data.spoken_words import DIGITS
@@ -255,7 +255,9 @@ def _decoded(
     with ThreadPoolExecutor(READERS) as readers:
         for at in range(0, len(groups), AT_ONCE):
             some = groups[at : at + AT_ONCE]
-            yield list(zip(some, readers.map(work, some), strict=True))
+            with without_remarks():
+                decoded = list(readers.map(work, some))
+            yield list(zip(some, decoded, strict=True))
 
 
 def decode_clips(group: Sequence[ClipSource], quantiser: Quantiser, fix_nan: bool = False) -> Decoded:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mambagen.data.audio_files import SUFFIXES, AudioWarning, audio_info, read_audio
+from mambagen.data.audio_files import SUFFIXES, AudioWarning, audio_info, read_audio, without_remarks
 from mambagen.data.spoken_words import DIGITS, RATE, READERS, SECOND
 from mambagen.errors import InputError
 
@@ -73,7 +73,7 @@ def read_generated(
     if not files:
         raise InputError.at(folder, None, f"holds no sound files ({', '.join(SUFFIXES[:4])}, ...)")
     found = []
-    with ThreadPoolExecutor(READERS) as readers:
+    with without_remarks(progress=True), ThreadPoolExecutor(READERS) as readers:
         for result in readers.map(lambda path: _read(path, root), files):
             found.append(result)
             if done is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mambagen.data.audio_files import read_audio
+from mambagen.data.audio_files import read_audio, without_remarks
 from mambagen.errors import InputError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -232,7 +232,7 @@ def _number(path: Path, line: int, row: Mapping[str, str], column: str, default:
 
 
 def _read_all(files: Sequence[Path]) -> list[NDArray[np.int16]]:
-    with ThreadPoolExecutor(READERS) as readers:
+    with without_remarks(progress=True), ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(_read_int16, files))
 
 

@@ -1,6 +1,8 @@
 """Audio files of every kind, whole, odd and damaged."""
 
+import contextlib
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import soundfile
 from numpy.typing import NDArray
 
 from mambagen.data.audio_files import audio_info, clipped_samples, read_audio, resample
+from mambagen.data.audio_shards import prepare_shards
+from mambagen.data.audio_sources import find_clips
+from mambagen.data.generated_clips import read_generated
 from mambagen.errors import InputError
 
 RATE = 16_000
@@ -237,3 +242,29 @@ def test_more_than_the_limit_is_refused(write: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"is 2\.0 s long; the limit is 1 s"):
         read_audio(path, limit_seconds=1)
     assert len(read_audio(path, limit_seconds=2).samples) == 2 * RATE
+
+
+def test_the_decoder_s_own_remarks_do_not_stand_beside_our_lines(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libmpg123 writes to stderr itself, in whatever thread; what we write before and after is there."""
+    broken, cut = tmp_path / "random.mp3", tmp_path / "cut.mp3"
+    broken.write_bytes(np.random.default_rng(0).bytes(5000))
+    soundfile.write(cut, 0.3 * np.sin(np.arange(64_000) * 0.1), RATE)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+
+    def remarks() -> int:
+        for path in (broken, cut):
+            with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(path) as file:
+                file.read()
+        return len(capfd.readouterr().err)
+
+    assert remarks() > 50  # else this shows nothing
+    print("before", file=sys.stderr)
+    with pytest.raises(InputError):
+        read_audio(broken)
+    assert [warning.kind for warning in read_audio(cut).warnings] == ["truncated"]
+    assert {note.kind for note in read_generated(tmp_path).notes} == {"long", "unreadable"}
+    prepare_shards(find_clips([tmp_path]), tmp_path / "shards", skip_bad=True)
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "before\nafter\n"
