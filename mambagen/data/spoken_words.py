@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mambagen.data.audio_files import read_audio, without_remarks
+from mambagen.data.audio_files import read_audio, resample, without_remarks
+from mambagen.data.wav import to_int16
 from mambagen.errors import InputError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -117,8 +118,8 @@ def read_spoken_words(path: Path | str) -> SpokenWords:
     `SPEAKER_nohash_N.wav`). It may also hold train, valid and test folders with a folder a word in each. A folder with
     one `*index*.csv` that has the columns of a table is read as that table.
 
-    A table has the columns path and label; optional are start_frame and n_frames (of the file at 16 kHz), speaker,
-    split. Paths are relative to the table.
+    A table has the columns path and label; optional are start_frame and n_frames (at the file's own rate),
+    speaker, split. Paths are relative to the table.
 
     Raises:
         InputError: names the file and line that cannot be used.
@@ -175,9 +176,9 @@ def _read_folder(root: Path, parts: Mapping[Path, str | None]) -> SpokenWords:
                 facts.append((folder.name, speaker_of(file.name), split, str(file.relative_to(root))))
     if not files:
         raise InputError.at(root, None, "its folders hold no sound files")
-    pieces = _read_all(files)
+    pieces = [sound for _, sound in _read_all(files, RATE)]
     for file, split in noises:  # minutes long: every second of it is a clip
-        long = _read_int16(file)
+        _, long = _read_int16(file, RATE)
         for at in range(0, len(long) - SECOND + 1, SECOND):
             pieces.append(long[at : at + SECOND])
             facts.append((SILENCE, "silence", split, f"{file.relative_to(root)}:{at}"))
@@ -204,10 +205,10 @@ def _read_table(path: Path) -> SpokenWords:
     if not rows:
         raise InputError.at(path, None, "lists no clips")
     files = sorted({row["path"] for row in rows})
-    whole = dict(zip(files, _read_all([path.parent / file for file in files]), strict=True))
+    whole = dict(zip(files, _read_all([path.parent / file for file in files], None), strict=True))
     pieces, facts = [], []
     for line, row in enumerate(rows, start=2):
-        sound = whole[row["path"]]
+        rate, sound = whole[row["path"]]
         start = _number(path, line, row, "start_frame", 0)
         count = _number(path, line, row, "n_frames", len(sound) - start)
         if start + count > len(sound):
@@ -217,7 +218,7 @@ def _read_table(path: Path) -> SpokenWords:
         split = row.get("split") or "train"
         if split not in SPLITS:
             raise InputError.at(path, line, f"the split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        pieces.append(sound[start : start + count])
+        pieces.append(_at_16k(sound[start : start + count], rate))
         facts.append((row["label"], row.get("speaker") or row["path"], split, f"{row['path']}:{start}"))
     return _joined(pieces, facts, str(path))
 
@@ -231,14 +232,21 @@ def _number(path: Path, line: int, row: Mapping[str, str], column: str, default:
     return int(text)
 
 
-def _read_all(files: Sequence[Path]) -> list[NDArray[np.int16]]:
+def _read_all(files: Sequence[Path], rate: int | None) -> list[tuple[int, NDArray[np.int16]]]:
     with without_remarks(progress=True), ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(_read_int16, files))
+        return list(readers.map(lambda file: _read_int16(file, rate), files))
 
 
-def _read_int16(path: Path) -> NDArray[np.int16]:
-    samples = read_audio(path, RATE, fix_nan=None).samples
-    return np.clip(np.rint(samples * 32768), -32768, 32767).astype(np.int16)
+def _read_int16(path: Path, rate: int | None) -> tuple[int, NDArray[np.int16]]:
+    """Samples and their rate: the file's own with None."""
+    clip = read_audio(path, rate, fix_nan=None)
+    return clip.rate, to_int16(clip.samples)
+
+
+def _at_16k(samples: NDArray[np.int16], rate: int) -> NDArray[np.int16]:
+    if rate == RATE:
+        return samples
+    return to_int16(resample(samples.astype(np.float32) * np.float32(2**-15), rate, RATE))
 
 
 def _joined(pieces: Sequence[NDArray[np.int16]], facts: Sequence[tuple[str, str, str, str]], path: str) -> SpokenWords:

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 import soundfile
 
+from mambagen.data.audio_files import read_audio
+from mambagen.data.audio_sources import find_clips
 from mambagen.data.augmentation import Augmentation, noise_like, placed, resampled, trimmed
-from mambagen.data.spoken_words import DIGITS, SILENCE, fit_second, read_spoken_words, speaker_of, split_by_speaker
+from mambagen.data.spoken_words import (
+    DIGITS,
+    RATE,
+    SILENCE,
+    fit_second,
+    read_spoken_words,
+    speaker_of,
+    split_by_speaker,
+)
 from mambagen.errors import InputError
 
 
@@ -90,6 +100,19 @@ def test_a_bad_table_is_told_by_file_and_line(table: str, told: str, tmp_path: P
     (tmp_path / "t.csv").write_text(table)
     with pytest.raises(InputError, match=told.replace(".", r"\.")):
         read_spoken_words(tmp_path / "t.csv")
+
+
+def test_parts_of_files_are_counted_at_the_files_own_rate(tmp_path: Path) -> None:
+    """As `find_clips` counts them, so that one table serves both."""
+    sound = np.concatenate([0.5 * np.sin(0.05 * k * np.arange(2000)) for k in (1, 2, 3)])
+    soundfile.write(tmp_path / "long.wav", sound, 8000)
+    (tmp_path / "t.csv").write_text("path,label,start_frame,n_frames\nlong.wav,one,2000,2000\nlong.wav,two,4000,\n")
+    words = read_spoken_words(tmp_path / "t.csv")
+    for row, (source, frequency) in enumerate(zip(find_clips([tmp_path / "t.csv"]), (800, 1200), strict=True)):
+        alone = read_audio(source.path, RATE, start=source.start, frames=source.frames).samples
+        np.testing.assert_allclose(words.clip(row), alone, atol=1 / 32768)
+        assert len(words.clip(row)) == 4000
+        assert abs(np.abs(np.fft.rfft(words.clip(row))).argmax() * RATE / 4000 - frequency / (2 * np.pi)) < 4
 
 
 def test_folders_without_words_are_refused(tmp_path: Path) -> None:
