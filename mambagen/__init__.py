@@ -1,6 +1,6 @@
 """Mamba sequence models for DNA and raw audio.
 
-model, tokenizer = mambagen.load("runs/my-run/model")
+model, tokenizer = mambagen.load("runs/my-run")
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ EPILOG = """\b
 Examples:
   mambagen embed contigs.fa.gz --out contigs.npz
   mambagen embed --bed promoters.bed --pool last --layer 6 genome.fa --out promoters.parquet
-  mambagen embed --pool none --model runs/bigs/model plasmid.gb --out plasmid.h5
+  mambagen embed --pool none --model runs/bigs plasmid.gb --out plasmid.h5
 """
 
 

@@ -8,7 +8,7 @@ from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, debug_option
 EPILOG = """\b
 Examples:
   mambagen generate-dna --length 5000 -n 10 --seed 1 > new.fa
-  mambagen generate-dna runs/my-run/model --prompt promoters.fa --length 200 --temperature 0.8 --out next.fa
+  mambagen generate-dna runs/my-run --prompt promoters.fa --length 200 --temperature 0.8 --out next.fa
   mambagen generate-dna --prompt TATAAAGGC --with-prompt --length 60
 """
 

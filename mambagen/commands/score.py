@@ -17,7 +17,7 @@ EPILOG = """\b
 Examples:
   mambagen score genome.fa.gz --out genome.bw
   mambagen score --regions exons.bed --both-strands genome.fa --out exons.bedgraph.gz
-  mambagen score --summary --model runs/my-run/model contigs.fa > perplexity.tsv
+  mambagen score --summary --model runs/my-run contigs.fa > perplexity.tsv
 """
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   mambagen train-classifier --data train.csv --valid dev.csv --test test.csv --encoder bimamba
-  mambagen train-classifier --data all.csv.gz --from runs/bigs/checkpoints/step-00010000 --epochs 5
+  mambagen train-classifier --data all.csv.gz --from runs/bigs --epochs 5
   mambagen train-classifier --data seqs.fa --labels labels.tsv --reverse-complement
 """
 SHOWN = 12  # classes of which the confusion matrix is printed

@@ -29,7 +29,7 @@ Examples:
   mambagen train-species
   mambagen train-species --data genomes/ --splits splits.bed --steps 4000 --baselines
   mambagen train-species --data human.fa mouse.fa cow.fa --test-records chr1,chr3 --valid-records chr5
-  mambagen train-species --data great-apes --encoder mamba --size 1.4m --from runs/hg38/model --context 16384
+  mambagen train-species --data great-apes --encoder mamba --size 1.4m --from runs/hg38 --context 16384
   mambagen train-species --resume runs/train-species-20250131-120000 --steps 8000
 """
 

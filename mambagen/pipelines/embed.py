@@ -3,7 +3,7 @@
 From Python:
 
     from mambagen.pipelines.embed import Embedder
-    Embedder("runs/my-run/model").embed(b"ACGTACGT")       # (d_model,) float32, the mean over the bases
+    Embedder("runs/my-run").embed(b"ACGTACGT")             # (d_model,) float32, the mean over the bases
 
 A causal model reads a sequence of any length in chunks with the carried state. An encoder sees both sides at once: a
 sequence longer than its window is read in windows side by side.

@@ -3,7 +3,7 @@
 From Python:
 
     from mambagen.pipelines.generate_dna import generate_dna
-    for made in generate_dna("runs/my-run/model", length=1000, count=3, seed=1):
+    for made in generate_dna("runs/my-run", length=1000, count=3, seed=1):
         print(made.name, made.sequence)
 
 A base is a function of the model, the prompt, the options, the seed and the sequence's number: not of how many are made

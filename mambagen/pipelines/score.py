@@ -3,7 +3,7 @@
 From Python:
 
     from mambagen.pipelines.likelihood import LanguageModel
-    LanguageModel("runs/my-run/model").score(b"ACGTACGT")     # (8,) float32, nats, NaN at the first base
+    LanguageModel("runs/my-run").score(b"ACGTACGT")           # (8,) float32, nats, NaN at the first base
 
     from mambagen.pipelines.score import summaries
     for row in summaries(LanguageModel("dna"), ["genome.fa.gz"]):

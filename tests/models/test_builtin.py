@@ -22,6 +22,15 @@ def test_a_folder_of_that_name_counts_where_it_holds_a_model(tmp_path: Path, mon
     assert find_model("digit-judge") == Path("digit-judge")
 
 
+def test_the_folder_of_a_run_stands_for_its_model(tmp_path: Path) -> None:
+    for name in ("step-00000009", "step-00000010", "damaged-step-00000011", ".step-00000012.partial-ab"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert find_model(tmp_path) == tmp_path / "checkpoints/step-00000010"
+    (tmp_path / "model").mkdir()  # the best, of the jobs that keep it
+    assert find_model(tmp_path) == tmp_path / "model"
+    assert find_model(tmp_path / "checkpoints") == tmp_path / "checkpoints"  # in which no manifest will be found
+
+
 def test_what_is_not_there_is_an_error_that_names_what_is(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no such model folder.*digit-judge"):
         find_model(tmp_path / "nothing")
