@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 from mambagen.errors import ResourceError, UsageError
 
 STDOUT = "-"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a failed write does not say to what file
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -36,19 +36,27 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         raise ResourceError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from None
     try:
-        yield partial
-        descriptor = os.open(partial, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, target)
+        with naming(path):
+            yield partial
+            descriptor = os.open(partial, os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Have a full disk told with this name: a failed write does not say to what file."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _NO_ROOM and error.filename is None:
             error.filename = os.fspath(path)
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

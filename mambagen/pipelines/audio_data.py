@@ -15,6 +15,7 @@ from pathlib import Path
 from mambagen.data.audio_shards import AudioShards, is_shards, prepare_shards
 from mambagen.data.audio_sources import ClipSource, find_clips, natural
 from mambagen.data.quantise import Quantiser
+from mambagen.data.whole_file import naming
 from mambagen.data_manifests import cache_home, load_manifest, manifest_names
 from mambagen.data_manifests.audio import audio_folders, audio_layout
 from mambagen.errors import InputError, UsageError
@@ -72,16 +73,17 @@ def open_audio(request: AudioRequest, shards: Path | None = None, progress: Prog
     def done(files: int, total: int) -> None:
         progress.state(f"preparing the audio: {files:,} of {total:,} files ...")
 
-    found, warnings = prepare_shards(
-        clips,
-        place,
-        request.quantiser,
-        request.valid_fraction,
-        request.fix_nan,
-        request.skip_bad,
-        ", ".join(request.data),
-        done,
-    )
+    with naming(place):
+        found, warnings = prepare_shards(
+            clips,
+            place,
+            request.quantiser,
+            request.valid_fraction,
+            request.fix_nan,
+            request.skip_bad,
+            ", ".join(request.data),
+            done,
+        )
     for line in warnings:
         log.warning("%s", line)
     return found

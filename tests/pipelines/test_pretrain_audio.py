@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -305,6 +306,18 @@ def test_files_are_told_of_once_a_kind_and_bad_ones_can_be_left_out(run: Run, wo
     assert "resampled from 8,000 to 16,000 Hz" in err
     assert "stereo: mixed to mono" in err
     assert "silent" in err
+
+
+def test_a_full_disk_is_told_with_the_place_of_the_prepared_audio(run: Run, words: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        code, _, err = run("--data", words, "--out", "run", "--steps", 1, "--shards", tmp_path / "prepared")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, err.count("\n")) == (5, 1)
+    assert f"{tmp_path / 'prepared'}: File too large; " in err
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_settings_that_make_another_model_are_refused_on_resuming(run: Run, words: Path) -> None:
