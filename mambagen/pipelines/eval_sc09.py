@@ -88,6 +88,7 @@ def eval_sc09(config: EvalSc09Config, out: Path | None = None, progress: Progres
         fid_biased=biased,
         notes=candidates.notes,
         files=candidates.files,
+        generated=generator is not None,
     )
     progress.state("writing the report ...")
     write_results(config, result, candidates, judged)

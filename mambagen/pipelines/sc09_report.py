@@ -53,6 +53,8 @@ def findings(result: EvalSc09Result) -> list[str]:
     ]
     if result.fid_biased:
         found.append(bias_warning(result))
+    if result.nll is None and result.generated:
+        found.append("NLL is the model's of real clips: give some with --data.")
     if result.asked_right is not None:
         found.append(f"The digit that was asked for is heard in {result.asked_right:.1%} of the clips.")
     return found

@@ -60,6 +60,7 @@ class EvalSc09Result:
     fid_biased: bool
     notes: tuple[Note, ...]
     files: int  # that were looked at, those left out included
+    generated: bool = False  # by a model, not found in a folder
 
     def numbers(self, config: EvalSc09Config) -> dict[str, Any]:
         """As JSON values."""

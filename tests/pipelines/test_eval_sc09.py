@@ -305,6 +305,9 @@ def test_a_model_is_asked_for_clips_and_its_likelihood_of_real_ones_is_measured(
     assert result["nll"]["samples"] == samples
     assert result["nll"]["low"] < result["nll"]["nats"] < result["nll"]["high"] < result["nll"]["nats"] * 1.1
 
+    code, told, _ = evaluate(tmp_path / "model", "-n", 2, "--no-report", "--out", tmp_path / "without")
+    assert (code, "give some with --data" in told) == (0, True)
+
     from mambagen.pipelines.sc09_generation import Sampling
 
     few, more = (generator.make(count, 0, Sampling()) for count in (2, 9))
