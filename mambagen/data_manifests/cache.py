@@ -109,8 +109,8 @@ def fetch(manifest: Manifest, progress: Progress | None = None, attempts: int = 
                     _fetch_file(manifest, file, progress, attempts, pause)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full; make room" if full else f"it cannot be written ({error.strerror or error})"
-        raise ResourceError(f"{folder}: {what}, or set MAMBAGEN_HOME to another folder") from None
+        what = "the disk is full; make room, or" if full else f"it cannot be written ({error.strerror or error});"
+        raise ResourceError(f"{folder}: {what} set MAMBAGEN_HOME to another folder") from None
     return folder
 
 

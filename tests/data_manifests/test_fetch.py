@@ -338,7 +338,7 @@ def test_a_full_disk_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cache_that_cannot_be_made_is_told(home: Path) -> None:
     home.write_text("a file where the folder should be")
-    with pytest.raises(ResourceError, match="MAMBAGEN_HOME"):
+    with pytest.raises(ResourceError, match=r"\); set MAMBAGEN_HOME to another folder"):
         fetch_quickly(a_manifest("http://127.0.0.1:9/toy.bin"))
 
 
