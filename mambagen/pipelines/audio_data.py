@@ -15,10 +15,9 @@ from pathlib import Path
 from mambagen.data.audio_shards import AudioShards, is_shards, prepare_shards
 from mambagen.data.audio_sources import ClipSource, find_clips, natural
 from mambagen.data.quantise import Quantiser
-from mambagen.data.whole_file import naming
 from mambagen.data_manifests import cache_home, load_manifest, manifest_names
 from mambagen.data_manifests.audio import audio_folders, audio_layout
-from mambagen.errors import InputError, UsageError
+from mambagen.errors import InputError, ResourceError, UsageError
 from mambagen.training.progress import Progress
 
 log = logging.getLogger("mambagen")
@@ -73,7 +72,7 @@ def open_audio(request: AudioRequest, shards: Path | None = None, progress: Prog
     def done(files: int, total: int) -> None:
         progress.state(f"preparing the audio: {files:,} of {total:,} files ...")
 
-    with naming(place):
+    try:
         found, warnings = prepare_shards(
             clips,
             place,
@@ -84,6 +83,9 @@ def open_audio(request: AudioRequest, shards: Path | None = None, progress: Prog
             ", ".join(request.data),
             done,
         )
+    except OSError as error:
+        where, what = error.filename or place, error.strerror or error
+        raise ResourceError(f"{where}: {what}; --shards DIR keeps the prepared audio elsewhere") from error
     for line in warnings:
         log.warning("%s", line)
     return found

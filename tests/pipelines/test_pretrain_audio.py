@@ -316,8 +316,10 @@ def test_a_full_disk_is_told_with_the_place_of_the_prepared_audio(run: Run, word
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (code, err.count("\n")) == (5, 1)
-    assert f"{tmp_path / 'prepared'}: File too large; " in err
+    assert f"{tmp_path / 'prepared'}: File too large; --shards DIR keeps" in err
     assert not (tmp_path / "prepared").exists()
+    code, _, err = run("--data", words, "--out", "run", "--steps", 1, "--shards", "/proc/prepared")
+    assert (code, err.count("\n"), "--shards DIR keeps" in err) == (5, 1, True)
 
 
 def test_settings_that_make_another_model_are_refused_on_resuming(run: Run, words: Path) -> None:
