@@ -3,7 +3,7 @@
 import click
 
 from mambagen.commands.inputs import check_inputs
-from mambagen.commands.options import CONTEXT_SETTINGS, DEVICES, debug_option
+from mambagen.commands.options import BASES, CONTEXT_SETTINGS, DEVICES, debug_option
 
 EPILOG = """\b
 Examples:
@@ -17,7 +17,7 @@ Examples:
 @click.argument("model", default="dna")
 @click.option("--prompt", metavar="FASTA|SEQ", help="Go on from this sequence, or from each record of a file.")
 @click.option("--with-prompt", is_flag=True, help="Write the prompt in front of what is made.")
-@click.option("--length", type=click.IntRange(min=1), default=1000, show_default=True, help="New bases a sequence.")
+@click.option("--length", type=BASES, default=1000, show_default=True, help="New bases a sequence, as 5000 or 10k.")
 @click.option("-n", "count", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences a prompt.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest base.")
 @click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest bases.")

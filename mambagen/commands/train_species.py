@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mambagen.commands.options import (
+    BASES,
     CONTEXT_SETTINGS,
     ENCODERS,
     POOLINGS,
@@ -51,7 +52,7 @@ Examples:
 @click.option("--valid-records", metavar="NAME[,NAME]", multiple=True, help="Whole records, such as chr5, instead.")
 @click.option("--test-records", metavar="NAME[,NAME]", multiple=True, help="The same for the test.")
 @click.option("--simulated-species", type=int, metavar="N", help="Of simulated data.  [default: 5]")
-@click.option("--simulated-length", type=int, metavar="BASES", help="Of each of them.  [default: 500000]")
+@click.option("--simulated-length", type=BASES, help="Bases of each of them.  [default: 500000]")
 @click.option("--divergence", type=float, metavar="X", help="Substitutions a site between them.  [default: 0.05]")
 @click.option(
     "--encoder", type=click.Choice([*ENCODERS, "mamba"]), help="What reads the sequence (bimamba, or that of --from)."
@@ -65,15 +66,18 @@ Examples:
     "--patch", type=int, metavar="N", help="Bases in a position of the bimamba: 1 reads single bases.  [default: 32]"
 )
 @click.option("--k", type=int, metavar="K", help="Of the k-mers that a patch is made of.  [default: 7]")
-@click.option("--context", type=int, metavar="N", help="Bases in the longest windows.  [default: 4096]")
+@click.option("--context", type=BASES, metavar="N", help="Bases in the longest windows.  [default: 4096]")
 @click.option(
-    "--shortest", type=int, metavar="N", help="Steps have windows from here, doubling, to the context.  [default: 256]"
+    "--shortest",
+    type=BASES,
+    metavar="N",
+    help="Steps have windows from here, doubling, to the context.  [default: 256]",
 )
 @click.option(
-    "--length-warmup", type=int, metavar="N",
+    "--length-warmup", type=BASES, metavar="N",
     help="Begin with windows of N bases, doubled in even stages until they have the context (needs --steps).",
 )  # fmt: skip
-@click.option("--batch-tokens", type=int, metavar="N", help="Bases in an update.  [default: 65536]")
+@click.option("--batch-tokens", type=BASES, metavar="N", help="Bases in an update.  [default: 65536]")
 @click.option(
     "--by-record", type=click.Choice(["bases", "uniform"]),
     help="Records of a species are drawn by their length, or each as likely.  [default: bases]",

@@ -100,6 +100,23 @@ def test_torch_out_of_memory_is_exit_6_with_advice() -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *((command, name) for command in ("pretrain-dna", "train-species") for name in ("context", "batch_tokens")),
+        ("train-species", "shortest"),
+        ("train-species", "length_warmup"),
+        ("train-species", "simulated_length"),
+        ("generate-dna", "length"),
+    ],
+)
+def test_numbers_of_bases_are_written_alike(command: str, name: str) -> None:
+    found = cli.mambagen.get_command(click.Context(cli.mambagen), command)
+    assert found is not None
+    option = next(option for option in found.params if option.name == name)
+    assert option.type.convert("16Ki", option, None) == 16384
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["pretrain"], "No such command 'pretrain'"),

@@ -111,7 +111,7 @@ ERRORS = {
     "temperature": (2, ["m", "--temperature", "-1"], "temperature -1.0 is no number of 0 or more"),
     "top-k": (2, ["m", "--top-k", "0"], "top_k 0 is less than 1"),
     "top-p": (2, ["m", "--top-p", "1.5"], "top_p 1.5 is outside (0, 1]"),
-    "length": (2, ["m", "--length", "0"], "0 is not in the range"),
+    "length": (2, ["m", "--length", "0"], "length 0 and number 1: they must be at least 1"),
     "device": (2, ["m", "--device", "tpu"], "--device tpu"),
     "output": (5, ["m", "--out", "no/x.fa"], "no/x.fa: cannot be written"),
 }
