@@ -38,7 +38,12 @@ NOTE_KINDS = 8  # kinds of notes on files that are printed
 @click.option("--temperature", type=float, metavar="T", help="Of generation.  [default: 1.0]")
 @click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest values only.")
 @click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest values of this probability only.")
-@click.option("--guidance", type=float, metavar="X", help="Of conditional models: over 1 makes digits plainer.")
+@click.option(
+    "--guidance",
+    type=float,
+    metavar="X",
+    help="Above 1: say the digit more plainly.  [default: the model's; digits: 2]",
+)
 @click.option(
     "--nll-clips", type=int, metavar="N", help="Real test clips for the likelihood.  [default: all; 16 on a CPU]"
 )

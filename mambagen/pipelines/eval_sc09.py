@@ -132,11 +132,12 @@ def take_clips(config: EvalSc09Config, generator: Generator | None, progress: Pr
         )
     count = config.count or DEFAULT_COUNT[generator.device.type]
     progress.state(f"generating {count:,} clips ...")
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+    guidance = generator.guidance if config.guidance is None else config.guidance
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, guidance)
     made = generator.make(count, config.seed, sampling, lambda n: progress.state(f"generating: {n:,} of {count:,}"))
     names = tuple(f"{SAMPLES}/{row:05d}.wav" for row in range(count))
     name = config.model or DEFAULT_MODEL
-    return Candidates(made.samples, names, made.asked, made.log_likelihood, (), name, count, made.seconds)
+    return Candidates(made.samples, names, made.asked, made.log_likelihood, (), name, count, made.seconds, guidance)
 
 
 def likelihood_of(

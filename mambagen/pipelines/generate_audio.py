@@ -196,8 +196,9 @@ class AudioVoice:
         names = self.quantiser.classes
         if name == "none":
             return "", len(names)
-        if name in names:
-            return name, names.index(name)
+        for same in (name, name.lower()):
+            if same in names:
+                return same, names.index(same)
         if name.isdecimal() and int(name) < len(DIGITS) and DIGITS[int(name)] in names:
             return DIGITS[int(name)], names.index(DIGITS[int(name)])
         raise UsageError(f"--digit {name}: this model knows {', '.join(names)} (or none)")

@@ -20,7 +20,7 @@ from mambagen.models.audio_stepper import Stepper
 from mambagen.models.audio_unet import AudioUNet
 from mambagen.models.builtin import find_model
 from mambagen.models.files import first_fault
-from mambagen.models.saving import CONFIG, load_model
+from mambagen.models.saving import CONFIG, Generation, load_model
 from mambagen.pipelines.audio_language_model import shifted
 from mambagen.pipelines.sc09_metrics import BOOTSTRAP_DRAWS, Interval, bootstrap
 
@@ -92,6 +92,8 @@ class Generator:
         names = self.quantiser.classes
         self.digits = [names.index(digit) for digit in DIGITS if digit in names]  # the model's class of each digit
         self.conditional = len(self.digits) == len(DIGITS)
+        own = Generation(**(fields.get("generation") or {}))
+        self.guidance = own.guidance if self.conditional else 1.0
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def make(self, count: int, seed: int, sampling: Sampling, done: Callable[[int], None] | None = None) -> Made:

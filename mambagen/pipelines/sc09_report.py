@@ -184,7 +184,8 @@ def run_rows(config: EvalSc09Config, result: EvalSc09Result, candidates: Candida
             )
         )
     if candidates.seconds is not None:
-        rows.append(("sampling", f"temperature {config.temperature:g}, seed {config.seed}"))
+        how = f"temperature {config.temperature:g}, guidance {candidates.guidance:g}, seed {config.seed}"
+        rows.append(("sampling", how))
         rows.append(("generating took", f"{candidates.seconds:.1f} s"))
     return rows
 

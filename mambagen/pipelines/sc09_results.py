@@ -34,7 +34,7 @@ class EvalSc09Config(BaseModel):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_k: Annotated[int, Field(ge=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None  # the model's own, as generate-audio takes it
     nll_clips: Annotated[int, Field(ge=1)] | None = None
     shown: Annotated[int, Field(ge=0)] = 6  # clips a digit on the page
     device: str = "auto"
@@ -99,3 +99,4 @@ class Candidates:
     name: str
     files: int
     seconds: float | None = None  # that generating took
+    guidance: float = 1.0  # by which they were generated

@@ -20,6 +20,8 @@ from mambagen.data.wav import to_int16
 from mambagen.models import load_model, save_model
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig
 from mambagen.models.builtin import find_model
+from mambagen.models.files import write_folder_atomically
+from mambagen.models.saving import CARD, Generation, model_writers
 from mambagen.pipelines.audio_language_model import audio_loss
 from mambagen.pipelines.eval_sc09 import write_samples
 from mambagen.pipelines.sc09_findings import find_faults
@@ -285,6 +287,17 @@ def test_a_model_is_asked_for_clips_and_its_likelihood_of_real_ones_is_measured(
     assert (result["asked_right"] is None) == (classes == 0)
     assert len(list((tmp_path / "o" / "samples").glob("*.wav"))) == 4
     assert soundfile.info(tmp_path / "o" / "samples" / "00003.wav").frames == RATE
+
+    if classes:  # a model's own guidance is what its clips are made by
+        files = model_writers(model, quantiser.model_dump(mode="json"), "a model", Generation(guidance=50.0))
+        write_folder_atomically(tmp_path / "guided", files, unlisted=[CARD])
+        sounds = []
+        for name, more in (("guided", ()), ("model", ("--guidance", 50)), ("guided", ("--guidance", 1)), ("model", ())):
+            out = tmp_path / f"o{len(sounds)}"
+            assert evaluate(tmp_path / name, *arguments[:-4], out, *more, stats=False)[0] == 0
+            sounds.append([file.read_bytes() for file in sorted((out / "samples").glob("*.wav"))])
+        assert sounds[0] == sounds[1] != sounds[2] == sounds[3]
+        assert "guidance 50" in (tmp_path / "o0" / "report.html").read_text()
 
     words = read_spoken_words(place / "words")
     test = words.select(words.where(split="test"))
