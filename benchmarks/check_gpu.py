@@ -360,7 +360,7 @@ def main() -> None:
     options = parser.parse_args()
     if device_of(options.backend) == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.check_gpu: needs a GPU")
-    ops = ("scan",) if options.backend == "cuda" else ("scan", "scan", "scan", "conv")
+    ops = ("scan", "scan", "scan", "conv")
     if options.worker is not None:
         work(lambda dice: dice.choice(ops), options.worker, options.seconds, options.backend)
         return
