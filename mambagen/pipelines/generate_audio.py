@@ -76,6 +76,8 @@ class GenerateAudioConfig(BaseModel):
     def _ranked_by_class(self) -> "GenerateAudioConfig":
         if self.rank == "class" and "none" in self.classes:
             raise ValueError("clips without a class cannot be ranked by it")
+        if self.rank == "class" and self.candidates == 1:
+            raise ValueError("--rank class picks one of several: say of how many with --candidates")
         return self
 
 

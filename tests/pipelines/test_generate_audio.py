@@ -422,9 +422,10 @@ def test_odd_prompts_are_warned_of(command: Command, tmp_path: Path) -> None:
         (("--out", "-", "--play-report"), "need --out DIR"),
         (("--out", "a.wav", "-n", "2"), "is one file"),
         (("--rank", "class", "--digit", "none"), "cannot be ranked"),
+        (("--rank", "class", "--digit", "7"), "--candidates"),
         (("--device", "tpu"), "--device tpu"),
     ],
-    ids=["seconds", "count", "top-p", "digit", "no-digit", "rank", "page", "one", "rank-none", "device"],
+    ids=["seconds", "count", "top-p", "digit", "no-digit", "rank", "page", "one", "rank-none", "rank-one", "device"],
 )
 def test_options_that_cannot_be_are_one_line(command: Command, arguments: tuple[str, ...], said: str) -> None:
     code, out, err = command(*arguments)
@@ -439,7 +440,7 @@ def test_other_models_are_refused(command: Command, tmp_path: Path, folder: Path
     assert "nowhere: no such model folder" in err
     plain = AudioUNet(AudioUNetConfig(d_model=8, n_layer=1, pool=(2, 2)), seed=0)
     save_model(plain, tmp_path / "plain", MuLaw().model_dump(mode="json"), "A test.")
-    for arguments in (("--digit", "1"), ("--guidance", "2"), ("--rank", "class")):
+    for arguments in (("--digit", "1"), ("--guidance", "2"), ("--rank", "class", "--candidates", "2")):
         code, _, err = command(*arguments, model=tmp_path / "plain")
         assert code == 2
         assert "without" in err
