@@ -3,7 +3,7 @@
 import click
 
 from mambagen.commands.inputs import check_inputs, model_option, rna_option, running_options
-from mambagen.commands.options import CONTEXT_SETTINGS, debug_option
+from mambagen.commands.options import CONTEXT_SETTINGS, Bases, debug_option
 
 EPILOG = """\b
 Examples:
@@ -27,7 +27,7 @@ Examples:
     help="Take what the first N layers put out [default: all, after the last norm].",
 )  # fmt: skip
 @click.option(
-    "--window", type=click.IntRange(min=1), default=32768, show_default=True, metavar="N",
+    "--window", type=Bases(least=1), default=32768, show_default=True, metavar="N",
     help="Bases that an encoder reads at once; longer sequences are read in such windows side by side.",
 )  # fmt: skip
 @rna_option

@@ -35,6 +35,10 @@ class Bases(click.ParamType):
         "gi": 1 << 30,
     }
 
+    def __init__(self, least: int | None = None) -> None:
+        """`least`: fewer are refused here, where nothing that reads the option does."""
+        self.least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
@@ -46,6 +50,8 @@ class Bases(click.ParamType):
             self.fail(f"{value!r} is no number of bases; write it as 131072, 2M or 1Mi", param, ctx)
         if not amount.is_finite() or amount != amount.to_integral_value():
             self.fail(f"{value!r} is no whole number of bases", param, ctx)
+        if self.least is not None and amount < self.least:
+            self.fail(f"{value!r} is less than {self.least}", param, ctx)
         return int(amount)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from mambagen.commands.inputs import check_inputs, model_option, rna_option, running_options
-from mambagen.commands.options import CONTEXT_SETTINGS, debug_option
+from mambagen.commands.options import CONTEXT_SETTINGS, Bases, debug_option
 from mambagen.errors import UsageError
 
 FORMATS = ("tsv", "bedgraph", "bigwig")
@@ -31,7 +31,7 @@ Examples:
 @click.option("--both-strands", is_flag=True, help="The mean of what a base has on either strand.")
 @click.option("--regions", metavar="BED", help="Score these only.")
 @click.option(
-    "--context", type=click.IntRange(min=0), default=8192, show_default=True, metavar="N",
+    "--context", type=Bases(least=0), default=8192, show_default=True, metavar="N",
     help="Bases in front of a region that the model reads first.",
 )  # fmt: skip
 @click.option("--unit", type=click.Choice(["nats", "bits"]), default="nats", show_default=True, help="Of the values.")

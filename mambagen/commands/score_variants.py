@@ -3,7 +3,7 @@
 import click
 
 from mambagen.commands.inputs import check_inputs, model_option, running_options
-from mambagen.commands.options import CONTEXT_SETTINGS, debug_option
+from mambagen.commands.options import CONTEXT_SETTINGS, Bases, debug_option
 from mambagen.errors import UsageError
 
 EPILOG = """\b
@@ -18,11 +18,11 @@ Examples:
 @click.option("--fasta", multiple=True, required=True, metavar="FASTA", help="The reference; several may be given.")
 @model_option
 @click.option(
-    "--context", type=click.IntRange(min=1), default=1024, show_default=True, metavar="N",
+    "--context", type=Bases(least=1), default=1024, show_default=True, metavar="N",
     help="Bases before a site that the model reads, at least; up to twice as many.",
 )  # fmt: skip
 @click.option(
-    "--after", type=click.IntRange(min=0), default=256, show_default=True, metavar="N",
+    "--after", type=Bases(least=0), default=256, show_default=True, metavar="N",
     help="Bases behind the allele whose likelihood counts too.",
 )  # fmt: skip
 @running_options

@@ -107,6 +107,10 @@ def test_torch_out_of_memory_is_exit_6_with_advice() -> None:
         ("train-species", "length_warmup"),
         ("train-species", "simulated_length"),
         ("generate-dna", "length"),
+        ("score", "context"),
+        ("score-variants", "context"),
+        ("score-variants", "after"),
+        ("embed", "window"),
     ],
 )
 def test_numbers_of_bases_are_written_alike(command: str, name: str) -> None:
