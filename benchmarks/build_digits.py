@@ -47,14 +47,14 @@ from mambagen.data.spoken_words import DIGITS, SECOND
 from mambagen.errors import InterruptedRun
 from mambagen.models import load_model
 from mambagen.models.builtin import WEIGHTS_HOME
-from mambagen.models.files import write_folder_atomically
+from mambagen.models.files import list_checkpoints, write_folder_atomically
 from mambagen.models.saving import CARD, Generation, model_card, model_writers, save_model
 from mambagen.pipelines.audio_language_model import BITS
 from mambagen.pipelines.generate_audio import AudioVoice, GenerateAudioConfig, MadeClip
 from mambagen.pipelines.pretrain_audio import pretrain_audio, resume_pretrain_audio, with_recipe
 from mambagen.pipelines.sc09_generation import Generator
 from mambagen.pipelines.sc09_judge import DigitJudge
-from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
+from mambagen.training.checkpoint import newest_checkpoint
 from mambagen.training.loop import choose_device
 from mambagen.training.progress import Progress
 from mambagen.training.run_folder import read_metrics

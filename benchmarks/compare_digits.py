@@ -36,7 +36,7 @@ from benchmarks.wavenet import WaveNet
 from mambagen.data.audio_files import resample
 from mambagen.data.quantise import Quantiser
 from mambagen.data.spoken_words import DIGITS, RATE
-from mambagen.models.files import Writer
+from mambagen.models.files import Writer, list_checkpoints
 from mambagen.models.saving import WEIGHTS, read_tensors, write_tensors
 from mambagen.pipelines.audio_language_model import AudioTask
 from mambagen.pipelines.eval_sc09 import eval_sc09
@@ -53,7 +53,7 @@ from mambagen.pipelines.sc09_data import read_words
 from mambagen.pipelines.sc09_generation import Generator, Made, Sampling
 from mambagen.pipelines.sc09_report import own_rows, with_interval
 from mambagen.pipelines.sc09_results import EvalSc09Config
-from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
+from mambagen.training.checkpoint import newest_checkpoint
 from mambagen.training.loop import choose_device, train
 from mambagen.training.progress import Progress
 from mambagen.training.run_folder import RunFolder

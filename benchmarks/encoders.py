@@ -61,7 +61,8 @@ def encoder_rows(encoders: list[str], size: str, tokens: int, lengths: Sequence[
                 row[f"{part} GB"] = gigabytes
             makers = {"forward": partial(recorded, forward), "train": partial(recorded_train, encoder, ids)}
             for part, make in makers.items():  # a graph holds memory until it is gone
-                row[f"{part} graph Mtok/s"] = batch * length / median_ms(make(), seconds=0.3) / 1e3
+                fits = row[f"{part} Mtok/s"] is not None
+                row[f"{part} graph Mtok/s"] = batch * length / median_ms(make(), seconds=0.3) / 1e3 if fits else None
             yield row
         encoder.zero_grad(set_to_none=True)
         del encoder, built
@@ -75,24 +76,24 @@ def passes(encoder: nn.Module, ids: Tensor) -> tuple[Callable[[], None], Callabl
             encoder(ids, None)
 
     def train() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            out = encoder(ids, None)
-        out.float().square().mean().backward()
+        loss_of(encoder, ids).backward()
         encoder.zero_grad(set_to_none=True)
 
     return forward, train
 
 
+def loss_of(encoder: nn.Module, ids: Tensor) -> Tensor:
+    """Something to differentiate."""
+    with torch.autocast("cuda", torch.bfloat16):
+        out = encoder(ids, None)
+    return cast(Tensor, out.float().square().mean())
+
+
 def recorded_train(encoder: nn.Module, ids: Tensor) -> Callable[[], None]:
     """The pass with backward as the training loop records it."""
 
-    def loss(piece: dict[str, Tensor]) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            out = encoder(piece["ids"], None)
-        return cast(Tensor, out.float().square().mean())
-
     piece = {"ids": ids}
-    graphed = GraphedPass(encoder, loss, piece)
+    graphed = GraphedPass(encoder, lambda piece: loss_of(encoder, piece["ids"]), piece)
 
     def train() -> None:
         graphed(piece, 1)

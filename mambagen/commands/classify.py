@@ -52,7 +52,7 @@ def classify(
     classifier = Classifier(model, device, batch_tokens, average_strands, rna)
     columns = ["record", "length", "class", *(f"p_{name}" for name in classifier.classes)]
     with row_output(out, "" if as_json else "\t".join(columns) + "\n") as write:
-        for row in each_file(classifier, fasta):
+        for row in each_file(classifier.file, fasta):
             if as_json:
                 chances = row.probabilities and dict(zip(classifier.classes, row.probabilities, strict=True))
                 fields = {"file": row.path, "record": row.record, "length": row.length, "class": row.predicted}

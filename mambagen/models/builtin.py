@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mambagen.errors import ModelError
+from mambagen.models.files import list_checkpoints
 
 WEIGHTS_HOME = Path(__file__).resolve().parent.parent / "weights"
 
@@ -38,5 +39,4 @@ def _model_of_run(folder: Path) -> Path:
     """The model in the folder of a run; the folder itself where none is in it, which is said when it is read."""
     if (folder / "model").is_dir():
         return folder / "model"
-    checkpoints = [path for path in folder.glob("checkpoints/step-*") if path.name.removeprefix("step-").isdigit()]
-    return max(checkpoints, key=lambda path: int(path.name.removeprefix("step-")), default=folder)
+    return next((path for _, path in list_checkpoints(folder / "checkpoints")), folder)

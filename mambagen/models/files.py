@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from mambagen.errors import ModelError, ResourceError, UsageError
 
 MANIFEST = "manifest.json"
 Writer = Callable[[Path], None]
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
 class FileEntry(BaseModel):
@@ -230,3 +232,11 @@ def _exchange(a: Path, b: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(b))
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of what bears a checkpoint's name, newest first; nothing is verified."""
+    if not folder.is_dir():
+        return []
+    found = [(_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

@@ -7,9 +7,10 @@ From Python:
         print(row.record, row.predicted, row.probabilities)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from mambagen.models.files import first_fault
 from mambagen.models.heads import SequenceClassifier
 from mambagen.pipelines.sequence_classification import predict
 from mambagen.training.loop import choose_device
+
+Row = TypeVar("Row")
 
 UNKNOWN = "unknown"
 AT_A_TIME = 64  # batches of bases that are read before they are sorted by length
@@ -108,25 +111,24 @@ def classify(
         records of that file were.
     """
     classifier = Classifier(folder, device, batch_tokens, average_strands)
-    yield from each_file(classifier, paths)
+    yield from each_file(classifier.file, paths)
 
 
-def each_file(classifier: Classifier, paths: Sequence[Path | str]) -> Iterator[Classified]:
-    """`classify` with a model that is loaded already."""
+def each_file(read: Callable[[Path | str], Iterator[Row]], paths: Sequence[Path | str]) -> Iterator[Row]:
+    """The rows that `read` has of all files. A fault in one file ends that file there; the others are done anyway.
+
+    Raises:
+        InputError: at the end; says what could not be read, and how many records of that file were.
+    """
     failures: list[MambagenError] = []
     for path in paths:
         done = 0
         try:
-            for row in classifier.file(path):
+            for row in read(path):
                 done += 1
                 yield row
         except InputError as error:
-            failures.append(cut_short(error, done))
+            before = f" (the {done:,} records before it have their rows; what follows it was not read)"
+            failures.append(InputError(f"{error}{before if done else ''}"))
     if failures:
         raise InputError("; ".join(str(failure) for failure in failures))
-
-
-def cut_short(error: InputError, done: int) -> InputError:
-    """The fault of a file of which `done` records have their rows."""
-    before = f" (the {done:,} records before it have their rows; what follows it was not read)"
-    return InputError(f"{error}{before if done else ''}")

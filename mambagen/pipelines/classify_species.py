@@ -20,12 +20,12 @@ from pydantic import ValidationError
 from mambagen.data.dna_tokens import DnaTokenizer
 from mambagen.data.fasta_stream import Piece, stream_pieces
 from mambagen.data.record_windows import RecordWindow, RecordWindows
-from mambagen.errors import InputError, MambagenError, ModelError
+from mambagen.errors import InputError, ModelError
 from mambagen.models.builtin import find_model
 from mambagen.models.files import first_fault
 from mambagen.models.saving import load_model
 from mambagen.models.species_classifier import SpeciesClassifier
-from mambagen.pipelines.classify import cut_short
+from mambagen.pipelines.classify import each_file
 from mambagen.pipelines.sequence_classification import predict
 from mambagen.training.loop import choose_device
 
@@ -119,22 +119,8 @@ class SpeciesReader:
         return self.model.classes
 
     def files(self, paths: Sequence[Path | str]) -> Iterator[SpeciesRow]:
-        """The records of all files. A fault in one file ends that file there; the others are done all the same.
-
-        Raises:
-            InputError: at the end; says what could not be read, and how many records of that file were.
-        """
-        failures: list[MambagenError] = []
-        for path in paths:
-            done = 0
-            try:
-                for row in self.file(path):
-                    done += 1
-                    yield row
-            except InputError as error:
-                failures.append(cut_short(error, done))
-        if failures:
-            raise InputError("; ".join(str(failure) for failure in failures))
+        """The records of all files; see `each_file`."""
+        return each_file(self.file, paths)
 
     def file(self, path: Path | str) -> Iterator[SpeciesRow]:
         """The records of one file, gathered into batches over their borders."""

@@ -22,21 +22,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from mambagen.data.audio_files import read_audio
-from mambagen.data.quantise import Quantiser, load_quantiser
 from mambagen.data.sound_guard import Fault, Guard
 from mambagen.data.spoken_words import DIGITS
 from mambagen.data.wav import Samples16, to_int16
 from mambagen.errors import ModelError, UsageError
 from mambagen.models.audio_stepper import BACKENDS, Stepper
-from mambagen.models.audio_unet import AudioUNet, StageState
+from mambagen.models.audio_unet import StageState
 from mambagen.models.builtin import find_model
-from mambagen.models.files import first_fault
-from mambagen.models.saving import CONFIG, Generation, load_model
+from mambagen.models.saving import CONFIG
 from mambagen.pipelines.audio_language_model import shifted
+from mambagen.pipelines.sound_models import open_sound_model
 from mambagen.training.loop import choose_device
 
 Tokens = NDArray[np.uint8]
@@ -153,20 +152,13 @@ class AudioVoice:
         if backend not in BACKENDS:
             raise UsageError(f"--backend {backend}: it must be {', '.join(BACKENDS)}")
         self.device = choose_device(device)
-        self.model: AudioUNet
-        self.model, fields = load_model(model, self.device, kinds=[AudioUNet.kind])
+        self.model, self.quantiser, self.guidance = open_sound_model(model, self.device)
         self.backend, self.precision = backend, precision
-        try:
-            self.quantiser: Quantiser = load_quantiser(fields["quantiser"])
-        except ValidationError as error:
-            raise ModelError(f"{find_model(model) / CONFIG}: quantiser: {first_fault(error)}") from None
         if len(self.quantiser.classes) != self.model.config.classes:
             raise ModelError(
                 f"{find_model(model) / CONFIG}: names {len(self.quantiser.classes)} classes, but the model has "
                 f"{self.model.config.classes}"
             )
-        own = Generation(**(fields.get("generation") or {}))
-        self.guidance = own.guidance if self.quantiser.classes else 1.0
         self.rate = self.quantiser.rate
         self.guard = Guard(self.rate)
         self._states: dict[tuple[int, int], StageState] = {}

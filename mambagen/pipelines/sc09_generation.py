@@ -9,20 +9,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 
 from mambagen.data.audio_files import resample
-from mambagen.data.quantise import Quantiser, load_quantiser
 from mambagen.data.spoken_words import DIGITS, RATE, SpokenWords
-from mambagen.errors import ModelError, UsageError
+from mambagen.errors import UsageError
 from mambagen.models.audio_stepper import Stepper
-from mambagen.models.audio_unet import AudioUNet
-from mambagen.models.builtin import find_model
-from mambagen.models.files import first_fault
-from mambagen.models.saving import CONFIG, Generation, load_model
 from mambagen.pipelines.audio_language_model import shifted
 from mambagen.pipelines.sc09_metrics import BOOTSTRAP_DRAWS, Interval, bootstrap
+from mambagen.pipelines.sound_models import open_sound_model
 
 BITS = 1 / np.log(2)
 AT_ONCE = {"cpu": 8, "cuda": 512}  # streams of generation
@@ -81,19 +76,12 @@ class Generator:
 
     def __init__(self, folder: Path | str, device: torch.device) -> None:
         """Raises ModelError where the folder is no audio model."""
-        self.model: AudioUNet
-        self.model, fields = load_model(folder, device, kinds=[AudioUNet.kind])
+        self.model, self.quantiser, guidance = open_sound_model(folder, device)
         self.device = device
-        try:
-            self.quantiser: Quantiser = load_quantiser(fields["quantiser"])
-        except (ValidationError, KeyError, TypeError) as error:
-            fault = first_fault(error) if isinstance(error, ValidationError) else "it has none"
-            raise ModelError(f"{find_model(folder) / CONFIG}: quantiser: {fault}") from None
         names = self.quantiser.classes
         self.digits = [names.index(digit) for digit in DIGITS if digit in names]  # the model's class of each digit
         self.conditional = len(self.digits) == len(DIGITS)
-        own = Generation(**(fields.get("generation") or {}))
-        self.guidance = own.guidance if self.conditional else 1.0
+        self.guidance = guidance if self.conditional else 1.0
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def make(self, count: int, seed: int, sampling: Sampling, done: Callable[[int], None] | None = None) -> Made:

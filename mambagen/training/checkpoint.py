@@ -14,7 +14,6 @@ rename last; older checkpoints go only after that. The reader checks every sha25
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,14 +26,19 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from mambagen.errors import ModelError
-from mambagen.models.files import Writer, remove_partial_folders, verify_folder, write_folder_atomically
+from mambagen.models.files import (
+    Writer,
+    list_checkpoints,
+    remove_partial_folders,
+    verify_folder,
+    write_folder_atomically,
+)
 from mambagen.training.optimizer import optimizer_tensors, restore_optimizer
 
 log = logging.getLogger("mambagen")
 
 FORMAT = 1
 OPTIMIZER, RNG, STATE = "optimizer.safetensors", "rng.safetensors", "state.json"
-_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,6 @@ def save_checkpoint(
         for _, old in list_checkpoints(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of what bears a checkpoint's name, newest first; nothing is verified."""
-    if not folder.is_dir():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from mambagen import cli
-from mambagen.training.checkpoint import list_checkpoints
+from mambagen.models.files import list_checkpoints
 from tests.forks import command_process
 
 STEPS = 24

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from mambagen.errors import DivergedError, InterruptedRun, UsageError
+from mambagen.models.files import list_checkpoints
 from mambagen.training.batches import Prefetcher
-from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
+from mambagen.training.checkpoint import newest_checkpoint
 from mambagen.training.loop import choose_device
 from mambagen.training.run_folder import read_metrics
 from mambagen.training.schedule import Budget, EvaluationPlan, learning_rate

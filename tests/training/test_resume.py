@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mambagen.errors import InterruptedRun, ModelError, ResourceError
-from mambagen.training.checkpoint import list_checkpoints, newest_checkpoint
+from mambagen.models.files import list_checkpoints
+from mambagen.training.checkpoint import newest_checkpoint
 from mambagen.training.run_folder import RunFolder, read_metrics
 from tests.forks import fork
 from tests.training.standin import CountingTask, run_standin
