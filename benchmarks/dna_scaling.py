@@ -2,13 +2,13 @@
 
     python -m benchmarks.dna_scaling --data genomes/*.fa.gz --splits splits.bed --runs scaling --out scaling.json \\
         --figure scaling.png [--tokens 134217728] [--device cuda]
-    python -m benchmarks.dna_scaling ... --sizes --tokens 536870912         # the contexts alone, four times as long
-    python -m benchmarks.dna_scaling ... --sizes --base-tokens 536870912    # the contexts, all from one trained model
+    python -m benchmarks.dna_scaling ... --branch-tokens 268435456          # the contexts, all from one trained model
+    python -m benchmarks.dna_scaling ... --sizes --tokens 536870912         # the contexts alone
 
 Two series through `pretrain_dna`, each model on the same number of tokens: the sizes 250k to 7m at a context of 1,024,
 then the 1.4m model at growing contexts with sequence-length warmup from 1,024. Short runs from scratch differ by their
-luck more than by their context; with --base-tokens the second series begins with the weights of one model that has had
-so many tokens at 1,024, and goes on at each context, 1,024 among them, with the learning rate --branch-lr. The runs
+luck more than by their context; with --branch-tokens the second series begins with the weights of the first one's 1.4m
+model and goes on with so many tokens at each context, 1,024 among them, with the learning rate --branch-lr. The runs
 stay in `--runs`, each with its checkpoint; a run that is there is resumed.
 
 After its training every model is measured on the same held-out bases, whatever its context: in windows of its context
@@ -153,8 +153,8 @@ def main() -> None:
     parser.add_argument("--runs", required=True, help="folder of the runs")
     parser.add_argument("--tokens", type=int, default=1 << 27)
     parser.add_argument("--lr", type=float, help="of models that begin from scratch; default: pretrain-dna's")
-    parser.add_argument("--base-tokens", type=int, default=0, help="of the model that the second series begins with")
-    parser.add_argument("--branch-lr", type=float, default=2e-3, help="of the second series, where it has such a model")
+    parser.add_argument("--branch-tokens", type=int, default=0, help="of the second series, from the first one's 1.4m")
+    parser.add_argument("--branch-lr", type=float, default=2e-3, help="of the second series with --branch-tokens")
     parser.add_argument("--valid-tokens", type=int, default=1 << 24, help="held-out bases measured on, at most")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
@@ -169,24 +169,26 @@ def main() -> None:
     held_out = HeldOut.of(options.data, options.splits, options.seed, options.valid_tokens, longest)
     rows: list[dict[str, Any]] = []
 
-    def add(series: str, size: str, context: int, **settings: Any) -> None:
+    def add(series: str, size: str, context: int, tokens: int, **settings: Any) -> None:
         name = f"size-{size}" if series == "size" else f"context-{context}"
-        result = one(options, name, options.tokens, size=size, context=context, **settings)
+        result = one(options, name, tokens, size=size, context=context, **settings)
         measured = held_out.measure(LanguageModel(result.checkpoint, options.device), context)
         rows.append(row_of(series, size, context, result, measured | {"Markov 8": held_out.markov}))
         print_table(rows[-1:])
         write_json(options.out, "dna_scaling", rows)  # after each, as a lent machine may go any time
 
+    first: dict[str, Any] = {"context": FIRST, "batch_tokens": options.size_batch}
     for size in options.sizes:
-        add("size", size, FIRST, batch_tokens=options.size_batch)
+        add("size", size, tokens=options.tokens, **first)
     begin: dict[str, Any] = {}
-    if options.base_tokens and options.contexts:
-        base = one(options, "base", options.base_tokens, size=MIDDLE, context=FIRST, batch_tokens=options.size_batch)
-        begin = {"start_from": str(base.checkpoint), "lr": options.branch_lr}
+    if options.branch_tokens and options.contexts:
+        trunk = one(options, f"size-{MIDDLE}", options.tokens, size=MIDDLE, **first)
+        begin = {"start_from": str(trunk.checkpoint), "lr": options.branch_lr}
     for context in options.contexts:
         more = begin or ({"length_warmup": FIRST} if context > FIRST else {})
-        add("context", MIDDLE, context, batch_tokens=max(options.context_batch, context), **more)
-    print_table(rows, f"{options.tokens:,} tokens each")
+        batch = max(options.context_batch, context)
+        add("context", MIDDLE, context, options.branch_tokens or options.tokens, batch_tokens=batch, **more)
+    print_table(rows, "held-out perplexity")
     if options.figure and {row["series"] for row in rows} == {"size", "context"}:
         draw(rows, options.figure)
 

@@ -3,6 +3,7 @@
     python -m benchmarks.encoders [--encoders bigs bimamba bert] [--size 7m] [--tokens 131072] [--out encoders.json]
         [--figure encoders.png] [--parts s4d length]
     python -m benchmarks.encoders --profile ours [--tokens 131072]   # the train steps of "s4d", kernel by kernel
+    python -m benchmarks.encoders --profile forward --encoders bigs --lengths 32768     # or train: passes of encoders
 
 "s4d", which comes first: the train step of one S4D layer (forward, backward) beside the usual implementation in plain
 torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs. "length": encoders of one size
@@ -28,6 +29,7 @@ from mambagen.training.cuda_graph import GraphedPass
 
 LENGTHS = tuple(1 << k for k in range(7, 18))
 WAYS = ("ours", "plain")
+PASSES = ("forward", "train")
 
 
 def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
@@ -43,15 +45,11 @@ def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
 
 def encoder_rows(encoders: list[str], size: str, tokens: int, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row an encoder and length, as they are measured."""
-    wanted = count_parameters("mamba", MAMBA_SIZES[size].model_dump())
     for name in encoders:
-        shape = match_parameters(name, wanted)
-        built = build_encoder(name, shape)
-        assert isinstance(built, nn.Module)
-        encoder = built.cuda()
+        encoder = encoder_of(name, size)
         for length in lengths:
-            batch = max(1, tokens // length)
-            ids = torch.randint(7, 11, (batch, length), device="cuda")
+            ids = inputs(tokens, length)
+            batch = len(ids)
             forward, train = passes(encoder, ids)
             row: dict[str, Any] = {"encoder": name, "parameters": sum(p.numel() for p in encoder.parameters())}
             row |= {"batch": batch, "length": length}
@@ -65,7 +63,19 @@ def encoder_rows(encoders: list[str], size: str, tokens: int, lengths: Sequence[
                 row[f"{part} graph Mtok/s"] = batch * length / median_ms(make(), seconds=0.3) / 1e3 if fits else None
             yield row
         encoder.zero_grad(set_to_none=True)
-        del encoder, built
+        del encoder
+
+
+def encoder_of(name: str, size: str) -> nn.Module:
+    """An encoder of as many parameters as the Mamba model of this size, on the GPU."""
+    built = build_encoder(name, match_parameters(name, count_parameters("mamba", MAMBA_SIZES[size].model_dump())))
+    assert isinstance(built, nn.Module)
+    return built.cuda()
+
+
+def inputs(tokens: int, length: int) -> Tensor:
+    """Random bases: about so many tokens in rows of a length."""
+    return torch.randint(7, 11, (max(1, tokens // length), length), device="cuda")
 
 
 def passes(encoder: nn.Module, ids: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -195,10 +205,17 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--out")
     parser.add_argument("--figure")
-    parser.add_argument("--profile", choices=WAYS, help="only print where the time of the S4D layer goes")
+    parser.add_argument("--profile", choices=(*WAYS, *PASSES), help="only print where the time goes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.encoders: needs a CUDA device")
+    if args.profile in PASSES:
+        for name in args.encoders:
+            encoder = encoder_of(name, args.size)
+            for length in args.lengths:
+                run = passes(encoder, inputs(args.tokens, length))[PASSES.index(args.profile)]
+                profile(run, f"{args.profile}, {name}, length {length:,}")
+        return
     if args.profile:
         for row, case in s4d_cases(args.tokens):
             profile(partial(case.train, args.profile), f"{args.profile}, {row}")

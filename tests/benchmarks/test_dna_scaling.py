@@ -90,8 +90,8 @@ def test_the_contexts_go_on_from_one_model(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(dna_scaling, "MIDDLE", "250k")
     arguments = [
         *("--data", folder / "alpha.fa", folder / "beta.fa", folder / "gamma.fa", "--splits", splits),
-        *("--runs", tmp_path / "runs", "--device", "cpu", "--tokens", 2048, "--valid-tokens", 6000, "--sizes"),
-        *("--contexts", 256, 2048, "--size-batch", 2048, "--context-batch", 2048, "--base-tokens", 8192),
+        *("--runs", tmp_path / "runs", "--device", "cpu", "--tokens", 8192, "--valid-tokens", 6000, "--sizes"),
+        *("--contexts", 256, 2048, "--size-batch", 2048, "--context-batch", 2048, "--branch-tokens", 2048),
         *("--branch-lr", 1e-9, "--out", tmp_path / "out.json"),
     ]
     monkeypatch.setattr(sys, "argv", ["dna_scaling", *map(str, arguments)])
