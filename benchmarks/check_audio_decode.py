@@ -91,25 +91,27 @@ def correct(name: str) -> None:
 def draws(name: str) -> None:
     """A stream's samples do not depend on the batch, on how a run is cut, nor on the run; guidance included."""
     weights = weights_of(SHAPES[name])
-    for guidance in (None, 2.0):
+    for guidance, streams in ((None, 1), (2.0, 1), (2.0, 2)):
         seeds = torch.arange(6).cuda()
-        whole = CudaDecoder(weights, 6, watchdog=WATCHDOG).draw(500, Sampling(top_p=0.95), seeds, guidance)
-        part = CudaDecoder(weights, 2, watchdog=WATCHDOG)
+        whole = CudaDecoder(weights, 6, streams, WATCHDOG).draw(500, Sampling(top_p=0.95), seeds, guidance)
+        part = CudaDecoder(weights, 2, streams, WATCHDOG)
         cut = torch.cat([part.draw(n, Sampling(top_p=0.95), seeds[2:4], guidance) for n in (1, 399, 100)], 1)
         same = torch.equal(cut, whole[2:4])
         print(
-            f"{name}, guidance {guidance}: {len(whole.unique())} values drawn, the same in pieces: {same}", flush=True
+            f"{name}, guidance {guidance}, {streams} a block: {len(whole.unique())} values drawn, the same in pieces: "
+            f"{same}",
+            flush=True,
         )
         if not same:
             raise SystemExit("draws differ")
 
 
 def few() -> None:
-    """A few samples, one and two streams a block: to run under compute-sanitizer."""
+    """A few samples, one and two streams a block, and pairs of blocks: to run under compute-sanitizer."""
     weights = weights_of(SHAPES["small"])
-    for batch, streams, guidance in ((1, 1, None), (4, 2, 2.0)):
+    for batch, streams, guidance in ((1, 1, None), (4, 2, 2.0), (4, 1, 2.0)):
         drawn = CudaDecoder(weights, batch, streams).draw(20, Sampling(), torch.arange(batch).cuda(), guidance)
-        print(f"{batch} streams, {streams} a block: {drawn[:, :8].tolist()}", flush=True)
+        print(f"guidance {guidance}, {batch} streams, {streams} a block: {drawn[:, :8].tolist()}", flush=True)
 
 
 def repeatable() -> None:
@@ -118,8 +120,6 @@ def repeatable() -> None:
     for guidance in (None, 2.0):
         first: Tensor | None = None
         for batch, streams in ((2, 1), (2, 2), (128, 1), (128, 1), (256, 2), (256, 2), (512, 2)):
-            if guidance and streams == 1:
-                continue  # a pair shares a block
             seeds = torch.arange(batch).cuda()
             drawn = CudaDecoder(weights, batch, streams).draw(8000, Sampling(), seeds, guidance)
             first = drawn if first is None else first
@@ -186,29 +186,54 @@ def surprises(
     return quarters(surprise - entropy), quarters(squares - entropy.square())
 
 
-def microseconds(weights: UNetWeights, batch: int, streams: int) -> float:
+def pairs() -> None:
+    """Streams with a block each and two a block, with guidance and without in turn on one decoder: the same bits."""
+    weights = weights_of(SHAPES["published"])
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for batch in (2, 32, processors // 2 * 2, 2 * processors):
+        seeds = torch.arange(batch).cuda() // 2
+        drawn = []
+        for streams in (2, 1, 1, None):
+            decoder = CudaDecoder(weights, batch, streams)
+            turns = ((3000, 2.0), (500, None), (1, 2.0), (1500, 2.0))
+            drawn.append(torch.cat([decoder.draw(n, Sampling(), seeds, guidance) for n, guidance in turns], 1))
+        same = [torch.equal(made, drawn[0]) for made in drawn[1:]]
+        print(
+            f"{batch // 2} guided: a block each as two a block {same[0]}, again {same[1]}, by default {same[2]}",
+            flush=True,
+        )
+        if not all(same):
+            raise SystemExit("samples differ")
+
+
+def microseconds(weights: UNetWeights, batch: int, streams: int | None, guidance: float | None = None) -> float:
     """A sample of each of `batch` streams, `streams` a block, one launch of 4,000; no watchdog, which costs time."""
     decoder = CudaDecoder(weights, batch, streams)
     seeds = torch.arange(batch).cuda()
-    decoder.draw(64, Sampling(), seeds)
+    decoder.draw(64, Sampling(), seeds, guidance)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    decoder.draw(4000, Sampling(), seeds)
+    decoder.draw(4000, Sampling(), seeds, guidance)
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / 4000 * 1e6
 
 
 def speed() -> None:
-    """Microseconds a sample of the published size."""
+    """Microseconds a sample of the published size; of a block's streams companions in guidance count too."""
     weights = weights_of(SHAPES["published"])
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for batch in (1, 2, 16, 64, 128, processors, 2 * processors):
-        for streams in (1, 2):
-            us = microseconds(weights, batch, streams)
-            print(
-                f"{batch} streams, {streams} a block: {us:.1f} us a sample, {batch / us * 1e6:,.0f} samples/s",
-                flush=True,
-            )
+    for guidance, rows in ((None, 1), (2.0, 2)):
+        for count in (1, 2, 16, 64, processors // 2, 128, processors, 2 * processors):
+            batch = rows * count
+            if batch > 2 * processors:
+                continue
+            for streams in (1, 2):
+                us = microseconds(weights, batch, streams, guidance)
+                print(
+                    f"{count} {'guided ' if guidance else ''}streams, {streams} a block: {us:.1f} us a sample, "
+                    f"{count / us * 1e6:,.0f} samples/s",
+                    flush=True,
+                )
 
 
 def tune() -> None:
@@ -230,6 +255,7 @@ GROUPS = {
     "few": few,
     "repeatable": repeatable,
     "heard": heard,
+    "pairs": pairs,
     "speed": speed,
     "tune": tune,
 }

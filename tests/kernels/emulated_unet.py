@@ -19,8 +19,8 @@ class EmulatedUNetDecoder(cuda.CudaDecoder):
 
     def _run(self, parameters: bytes, layout: cuda.Layout) -> None:
         library = _library(tuple(layout.defines().items()))
-        blocks = self._rows // layout.streams
-        failed = library.emulate(parameters, blocks, layout.launch_bytes, self.seed)
+        blocks, cluster = self._rows // layout.streams, 2 if layout.pairs else 1
+        failed = library.emulate(parameters, blocks // cluster, cluster, layout.launch_bytes, self.seed)
         assert failed == 0, "the emulator stopped the kernel (its message is on stderr)"
 
 
@@ -29,7 +29,7 @@ def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     kernels = Path(cuda.__file__).parent
     files = [kernels.parent / "mamba_decode" / "sampling.cuh", kernels / "decode.cu"]
     launcher = (
-        'extern "C" int emulate(const Parameters* p, int blocks, int shared_bytes, u32 seed) {\n'
-        "  return launch(blocks, 1, THREADS + 32, shared_bytes, seed, [=] { decode(*p); });\n}\n"
+        'extern "C" int emulate(const Parameters* p, int clusters, int cluster, int shared_bytes, u32 seed) {\n'
+        "  return launch(clusters, cluster, ALL_THREADS, shared_bytes, seed, [=] { decode(*p); });\n}\n"
     )
     return build("unet", "".join(file.read_text() for file in files) + launcher, defines)

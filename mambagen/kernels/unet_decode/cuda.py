@@ -18,7 +18,7 @@ from mambagen.kernels.nvrtc import Kernel, why_unavailable
 from mambagen.kernels.unet_decode import DecoderState, LayerWeights, Sampling, UNetWeights
 
 STATE, TAPS, EXPAND = 16, 4, 2
-WARPS = 16  # that compute; one more feeds them
+WARPS = 16  # that compute; the feeder is in a group of four more
 MAX_LEVELS, MAX_RANK, MAX_VOCABULARY = 8, 64, 1024
 MAX_OUTPUTS = 2048  # of a product
 SLOT = 16384  # bytes of a copy of weights, at most
@@ -45,12 +45,12 @@ def unsupported_shape(weights: UNetWeights, shared_bytes: int) -> str | None:
         return "the kernel is for widths that are multiples of 16"
     if any(w.dt_proj.shape[1] > MAX_RANK for w in layers) or weights.head.shape[0] > MAX_VOCABULARY:
         return f"the kernel is for ranks of dt up to {MAX_RANK} and vocabularies up to {MAX_VOCABULARY}"
-    layout = Layout.of(weights, 1, shared_bytes)
+    layout = Layout.of(weights, 1, shared_bytes, pairs=True)  # serves every call, with guidance or without
     if layout.widest_product > MAX_OUTPUTS:
         return f"the kernel is for products of up to {MAX_OUTPUTS} outputs"
     if len(weights.groups) > MAX_LEVELS:
         return f"the kernel is for {MAX_LEVELS} levels at most"
-    if layout.slots < LEAST_SLOTS:
+    if not layout.fits:
         return f"the widest level needs more than the {shared_bytes} bytes of shared memory"
     return None
 
@@ -67,9 +67,10 @@ class Layout:
     vocabulary: int  # padded
     streams: int  # of a block
     shared_bytes: int  # what a block may use
+    pairs: bool = False  # blocks of one stream; two are a cluster, which draws together
 
     @staticmethod
-    def of(weights: UNetWeights, streams: int, shared_bytes: int) -> "Layout":
+    def of(weights: UNetWeights, streams: int, shared_bytes: int, pairs: bool = False) -> "Layout":
         groups = weights.groups
         ranks = tuple(_up(max(w.dt_proj.shape[1] for w in group), 4) for group in groups)
         return Layout(
@@ -81,6 +82,7 @@ class Layout:
             _up(weights.head.shape[0], 32),
             streams,
             shared_bytes,
+            pairs,
         )
 
     @property
@@ -95,7 +97,8 @@ class Layout:
         skips = max(max(down, 1) * width for down, width in zip(self.downs, self.widths, strict=True))
         rising = max(sum(self.widths[:-1]), 1)
         floats = D + skips + 6 * D + 96 + 2 * self.frame_floats + rising + self.vocabulary + 2
-        return _up(4 * (floats * self.streams + 2 * self.vocabulary) + 16 * 64 + 256, 128)  # two barriers a slot
+        floats = floats * self.streams + (4 if self.pairs else 2) * self.vocabulary
+        return _up(4 * floats + 16 * 64 + 256, 128)  # two barriers a slot
 
     @property
     def widest_product(self) -> int:
@@ -105,6 +108,11 @@ class Layout:
     @property
     def slots(self) -> int:
         return max(0, min(64, (self.shared_bytes - self.fixed_bytes) // SLOT))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the ring has room enough."""
+        return self.slots >= LEAST_SLOTS
 
     @property
     def launch_bytes(self) -> int:
@@ -120,30 +128,40 @@ class Layout:
             "DTYPE": 1, "WATCHDOG": watchdog, "LEVELS": len(self.widths), "WIDTHS": several(self.widths),
             "RANKS": several(self.ranks), "LAYERS_OF": several(self.layers), "DOWNS": several(self.downs),
             "POOLS": several(self.pools), "VOCAB": self.vocabulary, "STREAMS": self.streams, "WARPS": WARPS,
-            "SLOTS": self.slots, "SLOT_BYTES": SLOT, "FIXED_BYTES": self.fixed_bytes,
+            "PAIRS": int(self.pairs), "SLOTS": self.slots, "SLOT_BYTES": SLOT, "FIXED_BYTES": self.fixed_bytes,
         }  # fmt: skip
 
 
 class CudaDecoder:
     """`Decoder` by decode.cu, matrices in bfloat16.
 
-    `streams` of one block (default: by how many there are) and `watchdog` are for tuning and finding faults.
+    One stream in a block while there are multiprocessors for all, then two, which share the reading of the weights.
+    With guidance a stream and its companion have a block each likewise, two blocks that draw together (`pairs`), or one
+    for both. `streams` of one block, `pairs` (default: as `streams`) and `watchdog` are for tuning and finding faults.
     """
 
     @torch.no_grad()
-    def __init__(self, weights: UNetWeights, batch: int, streams: int | None = None, watchdog: int = 0) -> None:
+    def __init__(
+        self,
+        weights: UNetWeights,
+        batch: int,
+        streams: int | None = None,
+        watchdog: int = 0,
+        pairs: bool | None = None,
+    ) -> None:
         self.device, self.batch = weights.embedding.device, batch
         self._shapes = weights
         limit, processors = self._chip()
-        if streams is None:  # one in a block while there are multiprocessors, then two, which share the reading
-            streams = 1 if batch <= processors else 2
+        self._rows = _up(batch, 2)
+        if streams is None:
+            room = self._rows <= processors or not Layout.of(weights, 2, limit).fits
+            streams = 1 if room else 2
+        self._streams, self._pairs = streams, streams == 1 if pairs is None else pairs
         self._limit, self._watchdog = limit, watchdog
         self._vocabulary = weights.head.shape[0]
         self._epsilon = weights.epsilon
-        self._packed = pack(weights, Layout.of(weights, 1, limit))
-        layout = Layout.of(weights, 2, limit)
-        self._rows = _up(batch, 2)
-        self._streams = streams
+        layout = self._layout(guided=False)
+        self._packed = pack(weights, layout)
         more = layout.vocabulary - self._vocabulary
         self._embedding = weights.embedding.float().contiguous()
         self._head_bias = F.pad(weights.head_bias.float(), (0, more))
@@ -215,6 +233,12 @@ class CudaDecoder:
         """Bytes of shared memory that a block may use, and multiprocessors."""
         return chip(self.device)
 
+    def _layout(self, guided: bool) -> Layout:
+        """How a launch is laid out; the state in memory is the same for all."""
+        pairs = guided and self._pairs
+        streams = 1 if pairs else 2 if guided else self._streams
+        return Layout.of(self._shapes, streams, self._limit, pairs)
+
     def _launch(
         self,
         sampling: Sampling,
@@ -224,8 +248,7 @@ class CudaDecoder:
         after: Tensor | None = None,
     ) -> None:
         steps = len(drawn if forced is None else forced)  # type: ignore[arg-type]
-        streams = 2 if guidance is not None else self._streams
-        layout = Layout.of(self._shapes, streams, self._limit)
+        layout = self._layout(guidance is not None)
         tensors = (
             self._packed, self._tables, self._pool_bias, self._embedding, self._condition,
             self._head_bias, self._bias, self._flat_ssm, self._flat_conv, self._frames, self._logits, self._seeds,
@@ -243,7 +266,7 @@ class CudaDecoder:
 
     def _run(self, parameters: bytes, layout: Layout) -> None:
         kernel = _kernel(self.device.index or 0, tuple(layout.defines(self._watchdog).items()), layout.launch_bytes)
-        kernel((self._rows // layout.streams, 1, 1), 32 * WARPS + 32, parameters)
+        kernel((self._rows // layout.streams, 1, 1), 32 * (WARPS + 4), parameters, 2 if layout.pairs else 0)
 
 
 @functools.cache
@@ -257,7 +280,7 @@ def source() -> str:
 
 @functools.cache
 def _kernel(device: int, defines: tuple[tuple[str, object], ...], shared_bytes: int) -> Kernel:
-    return Kernel(source(), "decode", dict(defines), device, shared_bytes)
+    return Kernel(source(), "decode", dict(defines), device, shared_bytes, exact=True)
 
 
 # ---- weights in the order of their use

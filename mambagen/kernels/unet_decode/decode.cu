@@ -14,8 +14,16 @@
 // states are float32.
 //
 // Macros: LEVELS; WIDTHS, RANKS, LAYERS_OF, DOWNS, POOLS (lists, one number a level; ranks in multiples of 4), VOCAB,
-// STREAMS, WARPS (that compute), SLOTS, SLOT_BYTES, FIXED_BYTES (of Shared), WATCHDOG (see cluster.cuh).
-constexpr int THREADS = 32 * WARPS;              // the feeder comes after them
+// STREAMS, PAIRS (1: blocks of one stream, of which two form a cluster and draw together with guidance), WARPS (that
+// compute), SLOTS, SLOT_BYTES, FIXED_BYTES (of Shared), WATCHDOG (see cluster.cuh).
+constexpr int THREADS = 32 * WARPS;              // the feeder comes after them, in a group of four warps
+// The compiler gives a thread as many registers as a launch of ALL_THREADS can have, in multiples of 8 (GIVEN), where chips
+// can pass them on (not so compute capability 12, where passing on is left out). What the block has is then shared out.
+constexpr int ALL_THREADS = THREADS + 128, FEW = 24, GIVEN = 65536 / ALL_THREADS / 8 * 8;
+constexpr int MANY = (GIVEN * ALL_THREADS - 128 * FEW) / THREADS / 8 * 8;
+static_assert(THREADS % 128 == 0 && ALL_THREADS <= 1024, "registers are taken by groups of four warps");
+static_assert(FEW <= GIVEN && GIVEN <= MANY && MANY <= 248, "of a thread; more than it was given must be there to take");
+static_assert(!PAIRS || STREAMS == 1, "a pair has two blocks");
 constexpr int MOST_AHEAD = 64 / WARPS;           // units of weights that fit into registers; with 16 warps 4
 constexpr int WIDTH_OF[] = {WIDTHS}, RANK_OF[] = {RANKS}, LAYER_COUNT[] = {LAYERS_OF}, DOWN_OF[] = {DOWNS};
 constexpr int POOL_OF[] = {POOLS};  // 1 at the centre
@@ -119,6 +127,8 @@ struct __align__(128) Shared {
   float buffer[STREAMS][most(frame_floats(), 1)], queue[STREAMS][most(frame_floats(), 1)];
   float rising[STREAMS][most(RISING, 1)];  // of the condition, what every sample needs in the middle of a level
   float logits[STREAMS][VOCAB], bias[VOCAB], head_bias[VOCAB];
+  float others[PAIRS ? 2 : 1][PAIRS ? VOCAB : 1];  // received: the logits of the pair's other stream, by turns
+  u64 others_here[2];
   u64 seed[STREAMS];
   u64 full[SLOTS], empty[SLOTS];
 };
@@ -473,17 +483,35 @@ __device__ __forceinline__ void layer(Ring& ring, Held<LEVEL>& held, Weights<4 *
   team_sync(THREADS);
 }
 
+// The logits of a pair of blocks for this step's draw, guided, as both of them compute it; by one warp. The other block sends
+// those for the next step but one only when it has had mine for the next, so two places are enough.
+__device__ __forceinline__ const float* guided_by_both(Shared& shared, const Parameters& p, int step, int lane) {
+  float* const others = shared.others[PAIRS ? step & 1 : 0];
+  if (step > 0) {  // those for the first came from memory
+    wait_for_cluster(&shared.others_here[step & 1], (step - 1) / 2 & 1);
+    if (lane == 0) barrier_expect(&shared.others_here[step & 1], VOCAB * 4);  // for the next step but one
+  }
+  const bool first = cluster_rank() == 0;
+  for (int id = lane; id < VOCAB; id += 32) {
+    const float mine = shared.logits[0][id], other = others[id], without = first ? other : mine;
+    others[id] = fmaf(p.guidance, (first ? mine : other) - without, without);
+  }
+  return others;
+}
+
 // The next sample of each stream, and its embedding as the residual. `meanwhile` is called before that is waited for.
 template <typename F> __device__ __forceinline__ void choose(Ring& ring, int step, int slot, int first, F meanwhile) {
   constexpr int W = WIDTH_OF[0];
   Shared& shared = ring.shared;
   const Parameters& p = ring.p;
   const int s = ring.thread >> 5, lane = ring.thread & 31;  // a warp a stream,
-  const int both = p.paired ? 2 : 1;                        // or a pair of them
+  const int both = p.paired && !PAIRS ? 2 : 1;              // or a pair of them
   const bool draws = s < STREAMS && s % both == 0;
   int token = 0;
   if (draws && !p.forced) {
-    if (p.paired)
+    const float* logits = shared.logits[s];
+    if (PAIRS) logits = guided_by_both(shared, p, step, lane);
+    else if (p.paired)
       for (int id = lane; id < VOCAB; id += 32) {
         const float asked = shared.logits[s][id], without = shared.logits[least(s + 1, STREAMS - 1)][id];
         shared.logits[s][id] = fmaf(p.guidance, asked - without, without);
@@ -491,7 +519,7 @@ template <typename F> __device__ __forceinline__ void choose(Ring& ring, int ste
     __syncwarp();
     Sampling how = p.sampling;
     how.seed = shared.seed[s];
-    token = draw_token(shared.logits[s], shared.bias, how, p.position + step, 0);
+    token = draw_token(logits, shared.bias, how, p.position + step, 0);
   }
   meanwhile();
   if (draws)
@@ -557,8 +585,15 @@ __device__ __forceinline__ void run_level(Ring& ring, int step, int slot, int fi
   for_rows<OUT, W>(ring.thread, [&](int i, int row) {
 #pragma unroll
     for (int s = 0; s < STREAMS; s++) {
-      if (LEVEL > 0) shared.queue[s][frame_offset(ABOVE) + row] = sums.of[s][i] + bias[i];
-      else shared.logits[s][row] = fmaf(rsqrt_of(sums.squares[s] * (1.f / W)), sums.of[s][i], bias[i]);
+      if (LEVEL > 0) {
+        shared.queue[s][frame_offset(ABOVE) + row] = sums.of[s][i] + bias[i];
+        continue;
+      }
+      const float v = shared.logits[s][row] = fmaf(rsqrt_of(sums.squares[s] * (1.f / W)), sums.of[s][i], bias[i]);
+      if (PAIRS) {
+        const u32 other = cluster_rank() ^ 1, turn = PAIRS ? step + 1 & 1 : 0;
+        send(in_block(shared_address(&shared.others[turn][row]), other), v, in_block(shared_address(&shared.others_here[turn]), other));
+      }
     }
   });
   team_sync(THREADS);
@@ -578,25 +613,10 @@ __device__ __forceinline__ void run_levels(Ring& ring, int step, u64 place, int 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __grid_constant__ Parameters p) {
+// All samples of the launch, by the computing warps of a block.
+__device__ __forceinline__ void make_samples(const Parameters& p, Shared& shared, u8* ring_memory) {
   constexpr int FRAMES = frame_floats();
-  u8* const memory = dynamic_shared();
-  Shared& shared = *(Shared*)memory;
-  const int thread = threadIdx.x, first = blockIdx.x * STREAMS;
-  if (thread == 0) {
-    for (int i = 0; i < SLOTS; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
-    barrier_init_done();
-  }
-  __syncthreads();
-  if (thread >= THREADS) {
-    if (thread > THREADS) return;
-    Feeder feeder{shared, memory + FIXED_BYTES, p.weights, keep_policy(), 0, 1};  // an unused slot's phase before the first is over
-    for (int step = 0; step < p.steps; step++) {
-      feeder.from = p.weights;
-      feeder.feed_levels<0>(depth_at(p.position + step));
-    }
-    return;
-  }
+  const int thread = threadIdx.x, first = (PAIRS ? blockIdx.x / 2 * 2 + cluster_rank() : blockIdx.x) * STREAMS;
   for (int i = thread; i < STREAMS * FRAMES; i += THREADS) {
     const float* const from = p.frames + (i64)(first + i / FRAMES) * 2 * FRAMES + i % FRAMES;
     shared.buffer[i / FRAMES][i % FRAMES] = from[0], shared.queue[i / FRAMES][i % FRAMES] = from[FRAMES];
@@ -604,10 +624,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
   for (int i = thread; i < STREAMS * RISING; i += THREADS)
     shared.rising[i / RISING][i % RISING] = p.condition[(i64)(first + i / RISING) * CONDITION + width_offset(LEVELS) + i % RISING];
   for (int i = thread; i < STREAMS * VOCAB; i += THREADS) shared.logits[i / VOCAB][i % VOCAB] = p.logits[(i64)first * VOCAB + i];
+  for (int i = thread; PAIRS && i < VOCAB; i += THREADS) shared.others[0][i] = p.logits[(i64)(first ^ 1) * VOCAB + i];
   for (int i = thread; i < VOCAB; i += THREADS) shared.bias[i] = p.bias[i], shared.head_bias[i] = p.head_bias[i];
-  if (thread < STREAMS) shared.seed[thread] = p.seeds[first + thread];
+  if (thread < STREAMS) shared.seed[thread] = p.seeds[PAIRS ? first & ~1 : first + thread];  // of a pair the first's
   team_sync(THREADS);
-  Ring ring{shared, memory + FIXED_BYTES, p, 0, 0, thread};
+  Ring ring{shared, ring_memory, p, 0, 0, thread};
   for (int step = 0; step < p.steps; step++) {
     const u64 place = p.position + step;
     run_levels<0>(ring, step, place, depth_at(place), first, p.tables, p.pool_bias, p.ssm, p.conv);
@@ -620,4 +641,33 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
     to[0] = shared.buffer[i / FRAMES][i % FRAMES], to[FRAMES] = shared.queue[i / FRAMES][i % FRAMES];
   }
   for (int i = thread; i < STREAMS * VOCAB; i += THREADS) p.logits[(i64)first * VOCAB + i] = shared.logits[i / VOCAB][i % VOCAB];
+  if (PAIRS && thread == 0) wait_for_cluster(&shared.others_here[p.steps & 1], (p.steps - 1) / 2 & 1);  // all have landed
+}
+
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid_constant__ Parameters p) {
+  u8* const memory = dynamic_shared();
+  Shared& shared = *(Shared*)memory;
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    for (int i = 0; i < SLOTS; i++) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], WARPS);
+    for (int i = 0; PAIRS && i < 2; i++) barrier_init(&shared.others_here[i], 1);
+    barrier_init_done();
+    for (int i = 0; PAIRS && i < 2; i++) barrier_expect(&shared.others_here[i], VOCAB * 4);
+  }
+  if (PAIRS) cluster_sync();  // the barriers of both blocks are ready
+  else __syncthreads();
+  if (thread < THREADS) {
+    take_registers<MANY>();
+    make_samples(p, shared, memory + FIXED_BYTES);
+  } else {
+    leave_registers<FEW>();
+  }
+  if (thread == THREADS) {
+    Feeder feeder{shared, memory + FIXED_BYTES, p.weights, keep_policy(), 0, 1};  // an unused slot's phase before the first is over
+    for (int step = 0; step < p.steps; step++) {
+      feeder.from = p.weights;
+      feeder.feed_levels<0>(depth_at(p.position + step));
+    }
+  }
+  if (PAIRS) cluster_sync();  // no block leaves while the other may still send to it
 }
