@@ -1,7 +1,7 @@
 """A linear time-invariant state-space system run as a convolution: what S4D and S4 share.
 
-The system itself is three functions: its kernel of any length, what a state adds to the outputs that follow it, and
-the state that a stretch leaves. With them a stretch with a carried state is
+The system itself is a few functions: its convolution, what a state adds to the outputs that follow it, and the state
+that a stretch leaves. With them a stretch with a carried state is
 
     y = conv(x, kernel) + outputs of the carried state,    final = state left by x + what remains of the carried one
 
@@ -16,19 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambagen.kernels.fft_conv import long_conv
+Convolution = Callable[[Tensor, bool], Tensor]  # x (batch, length, channels), reverse -> y, the skip included
 
 
 class System(NamedTuple):
     """Functions of one discretised system; states are (batch, channels, state) complex."""
 
-    kernel: Callable[[int], Tensor]  # length -> (ssms, length)
-    convolve: Callable[[Tensor, bool], Tensor]  # x, reverse -> its convolution with the kernel, and the skip
+    convolution: Callable[[int], Convolution]  # longest -> the convolution with the kernel of x no longer than that
     outputs: Callable[[Tensor, int], Tensor]  # state, length -> (batch, length, channels): y where x is zero
     state_after: Callable[[Tensor], Tensor]  # x (batch, length, channels) -> the state after it, from zero
     remains: Callable[[Tensor, int], Tensor]  # state, length -> the state so many steps on, where x is zero
-    skip: Tensor | None = None  # (channels,) D, which adds D x to y
-    backend: str = "auto"  # of `long_conv`
 
 
 def run_as_convolution(
@@ -41,7 +38,7 @@ def run_as_convolution(
 ) -> tuple[Tensor, Tensor | None]:
     """y like x and the final state where it is asked for; arguments as in `s4d`."""
     length = x.shape[1]
-    y = system.convolve(x, reverse) if resets is None else _by_documents(system, x, resets, reverse)
+    y = system.convolution(length)(x, reverse) if resets is None else _by_documents(system, x, resets, reverse)
     if initial_state is None and not return_final_state:
         return y, None
     into, out_of = _carried(resets, x, reverse)  # (batch, length): in the document that the state enters, or leaves
@@ -78,7 +75,7 @@ def _by_documents(system: System, x: Tensor, resets: Tensor, reverse: bool) -> T
     starts = flags.flatten().nonzero()[:, 0]
     lengths = torch.diff(starts, append=starts.new_tensor([batch * length]))
     longest = int(lengths.max())
-    kernel = system.kernel(longest)
+    convolve = system.convolution(longest)
     rows = x.reshape(batch * length, channels)
     y = torch.zeros_like(rows)
     upper = 1
@@ -90,8 +87,7 @@ def _by_documents(system: System, x: Tensor, resets: Tensor, reverse: bool) -> T
             inside = steps < lengths[chosen, None]
             where = (starts[chosen, None] + steps)[inside]
             padded = x.new_zeros(*inside.shape, channels).masked_scatter(inside[..., None], rows[where])
-            out = long_conv(padded, kernel[:, :width].contiguous(), reverse, system.skip, system.backend)
-            y = y.index_put((where,), out[inside])
+            y = y.index_put((where,), convolve(padded, reverse)[inside])
         if upper >= longest:
             return y.view(batch, length, channels)
         upper *= 2

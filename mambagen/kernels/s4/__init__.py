@@ -16,7 +16,7 @@ from mambagen.kernels.s4.dense import Step, after, bilinear_step, columns, pairs
 from mambagen.kernels.s4.reference import s4_reference
 from mambagen.kernels.s4d import check_call
 from mambagen.kernels.s4d.vandermonde import block_length
-from mambagen.kernels.ssm_conv import System, run_as_convolution
+from mambagen.kernels.ssm_conv import Convolution, System, run_as_convolution
 
 __all__ = ["s4", "s4_kernel", "s4_reference", "s4_step"]
 
@@ -142,8 +142,9 @@ def _system(
             return cauchy_kernel(dt, Lambda, P, B, C, length).to(dtype).contiguous()
         return _kernel(step, length, dtype)
 
-    def convolve(x: Tensor, reverse: bool) -> Tensor:
-        return long_conv(x, kernel(x.shape[1]), reverse, D)
+    def convolution(longest: int) -> Convolution:
+        k = kernel(longest)
+        return lambda x, reverse: long_conv(x, k[:, : x.shape[1]].contiguous(), reverse, D)
 
     def outputs(state: Tensor, length: int) -> Tensor:
         J = block_length(length)
@@ -171,4 +172,4 @@ def _system(
     def remains(state: Tensor, length: int) -> Tensor:
         return complex(after(step.A, real(state), length), len(state))
 
-    return System(kernel, convolve, outputs, state_after, remains, D)
+    return System(convolution, outputs, state_after, remains)

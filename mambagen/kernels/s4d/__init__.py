@@ -3,6 +3,7 @@
 discretise.py     the continuous system to one step of it, in float64
 vandermonde.py    the convolution's kernel from the step, as a product of two small factors
 triton.py         both on a GPU
+chunked.py        the convolution in chunks, on tensor cores: bfloat16 on a GPU, many channels a system
 toeplitz.py       the convolution as one matrix product: short sequences on a CPU
 reference.py      the recurrence, step by step
 README.md         the derivation
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from mambagen.kernels.dispatch import check_shape, choose_backend
 from mambagen.kernels.fft_conv import long_conv
+from mambagen.kernels.s4d import chunked, toeplitz
 from mambagen.kernels.s4d.discretise import DISCRETISATIONS, coefficients, discretise
 from mambagen.kernels.s4d.reference import s4d_reference
-from mambagen.kernels.s4d.toeplitz import pays, toeplitz_conv
 from mambagen.kernels.s4d.vandermonde import block_length, powers, vandermonde_product
-from mambagen.kernels.ssm_conv import System, run_as_convolution
+from mambagen.kernels.ssm_conv import Convolution, System, run_as_convolution
 
 __all__ = ["DISCRETISATIONS", "discretise", "s4d", "s4d_kernel", "s4d_reference", "s4d_step"]
 
@@ -165,15 +166,19 @@ def _system(
     z, c = coefficients(dt, A, C, discretisation, dtype, backend)
     ssms = len(A)
 
-    def kernel(length: int) -> Tensor:
-        return vandermonde_product(c, z, length, backend)
+    def convolution(longest: int) -> Convolution:
+        if backend == "triton" and chunked.pays(x, ssms, A.shape[1]):
+            return lambda x, reverse: chunked.chunked_conv(x, c, z, reverse, D)
+        k = vandermonde_product(c, z, longest, backend)
 
-    def convolve(x: Tensor, reverse: bool) -> Tensor:
-        k = kernel(x.shape[1])
-        if backend == "torch" and pays(x, ssms):
-            y = toeplitz_conv(x, k, reverse)
-            return y if D is None else (y + D * x).to(x.dtype)
-        return long_conv(x, k, reverse, D, backend)
+        def convolve(x: Tensor, reverse: bool) -> Tensor:
+            own = k[:, : x.shape[1]].contiguous()
+            if backend == "torch" and toeplitz.pays(x, ssms):
+                y = toeplitz.toeplitz_conv(x, own, reverse)
+                return y if D is None else (y + D * x).to(x.dtype)
+            return long_conv(x, own, reverse, D, backend)
+
+        return convolve
 
     def outputs(state: Tensor, length: int) -> Tensor:
         J = block_length(length)
@@ -203,4 +208,4 @@ def _system(
         decay = torch.exp(z * length).to(dtype)[:, None]
         return (state.to(dtype).unflatten(1, (ssms, -1)) * decay).flatten(1, 2)
 
-    return System(kernel, convolve, outputs, state_after, remains, D, backend)
+    return System(convolution, outputs, state_after, remains)
