@@ -109,3 +109,18 @@ def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...
     """ValueError unless the tensor, where given, has this shape."""
     if tensor is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape} {meaning}")
+
+
+def triton_or_torch(op: str, backend: str, x: Tensor) -> str:
+    """The backend of an op that is either Triton kernels or what torch does anyway: "triton" or "torch".
+
+    "auto" is Triton where x is on a GPU and the kernels can run; "triton" raises ValueError where they cannot. Without
+    elements there is nothing to launch.
+    """
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"{op}: backend is {backend!r}; it must be one of auto, triton, torch")
+    if backend == "torch" or not x.numel():
+        return "torch"
+    if backend == "auto":
+        return "triton" if x.is_cuda and _unsupported(op, "triton", x, {}) is None else "torch"
+    return choose_backend(op, backend, x)

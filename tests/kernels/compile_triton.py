@@ -61,6 +61,12 @@ FFTS = {
     "bfloat16, a system a channel": (torch.bfloat16, 64),
     "float32, a system for all": (torch.float32, 1),
 }
+NORMS = {
+    "272 channels": (272, torch.bfloat16),
+    "65 channels, float32": (65, torch.float32),
+    "1024 channels": (1024, torch.bfloat16),
+    "8192 channels": (8192, torch.bfloat16),
+}
 S4DS = {"32 states": 32, "64 states": 64, "1024 states": 1024}
 
 
@@ -113,9 +119,9 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         return kernel
 
     JITFunction.run = compile_only
-    ops = ("selective_scan", "causal_conv1d", "fft_conv", "s4d")
-    scan, conv, fft, s4d = (backend_module(op, "triton") for op in ops)
-    for module in (scan, conv, fft):
+    ops = ("selective_scan", "causal_conv1d", "fft_conv", "s4d", "gelu", "layer_norm")
+    scan, conv, fft, s4d, gelu, norm = (backend_module(op, "triton") for op in ops)
+    for module in (scan, conv, fft, norm):
         vars(module)["processors"] = lambda device: 64  # enough that the length is split
     for variant, options in {**SCANS, **(MORE_SCANS if every else {})}.items():  # noqa: B007 (compile_only reads it)
         case = draw_scan(**{"batch": 1, "length": 256, "channels": 64, **options})
@@ -136,6 +142,13 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         z, c = s4d.coefficients(dt, A, A)
         s4d.coefficient_gradients(z, c, dt, A, A)
         s4d.gradients(s4d.forward(c, z, 2048), c, z)
+    for variant, (channels, dtype) in NORMS.items():  # noqa: B007
+        h, w = torch.randn(20, channels), torch.randn(channels)
+        x = h.to(dtype)
+        _, y, moments = norm.forward(h, x, w, w, 1e-5, dtype)
+        norm.backward(y, h, h, w, moments, None if dtype == h.dtype else dtype)
+        gelu.product_gradients(gelu.product(x, x), x, x)
+        gelu.masked_gradient(gelu.masked(x, w[:20, None] > 0), x, w[:20, None] > 0)
     return rows
 
 

@@ -29,6 +29,11 @@ KERNELS = {
     "product_kernel",
     "moments_kernel",
     "sums_kernel",
+    "add_norm_kernel",
+    "norm_backward_kernel",
+    "gelu_product_kernel",
+    "gelu_gradients_kernel",
+    "masked_gelu_kernel",
 }
 
 
