@@ -28,7 +28,7 @@ from mambagen.pipelines.sc09_judge import DigitJudge
 SECONDS = 150  # of a group
 WATCHDOG = 3000  # milliseconds
 CLIPS = 256
-WAYS = (("cuda", "bfloat16", 128), ("cuda", "bfloat16", 256), ("graph", "bfloat16", 256), ("graph", "float32", 256))
+WAYS = (("cuda", "bfloat16", 64), ("cuda", "bfloat16", 256), ("graph", "bfloat16", 256), ("graph", "float32", 256))
 SHAPES = {
     "small": AudioUNetConfig(d_model=32, n_layer=2),
     "three": AudioUNetConfig(d_model=32, n_layer=2, stages=3, pool=(2, 8)),

@@ -1,10 +1,10 @@
 // A whole audio U-Net stepped in one launch: all levels, many samples, sampling inside (README.md says how it is laid out).
 //
-// A block serves STREAMS streams and runs everything: no block waits for another. The matrices of a level lie one after
-// another in the order of their use, and a warp of its own, the feeder, copies them into a ring of slots in shared memory,
-// as far ahead as the ring allows and across samples and levels, so that the second-level cache is read without a pause.
-// Each warp gives a slot back as soon as its lanes have their weights in registers. Everything is inlined: a call would keep
-// the ring's place in local memory, and take from the compiler what it knows of shared memory.
+// A block serves STREAMS streams and runs everything: no block waits for another, but those of a pair to draw. The matrices
+// of a level lie one after another in the order of their use, and a warp of its own, the feeder, copies them into a ring of
+// slots in shared memory, as far ahead as the ring allows and across samples and levels, so that the second-level cache is
+// read without a pause. Each warp gives a slot back as soon as its lanes have their weights in registers. Everything is
+// inlined: a call would keep the ring's place in local memory, and take from the compiler what it knows of shared memory.
 //
 // A row of a product is summed by lanes of one warp, each with some of its inputs, and shuffles leave the sum with the lane
 // that goes on with it: a layer has four barriers and no partial sums in memory. A lane takes several rows, which share the
