@@ -117,10 +117,8 @@ def triton_or_torch(op: str, backend: str, x: Tensor) -> str:
     "auto" is Triton where x is on a GPU and the kernels can run; "triton" raises ValueError where they cannot. Without
     elements there is nothing to launch.
     """
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"{op}: backend is {backend!r}; it must be one of auto, triton, torch")
-    if backend == "torch" or not x.numel():
-        return "torch"
     if backend == "auto":
-        return "triton" if x.is_cuda and _unsupported(op, "triton", x, {}) is None else "torch"
-    return choose_backend(op, backend, x)
+        return "triton" if x.is_cuda and x.numel() and _unsupported(op, "triton", x, {}) is None else "torch"
+    if backend not in ("triton", "torch"):
+        raise ValueError(f"{op}: backend is {backend!r}; it must be one of auto, triton, torch")
+    return choose_backend(op, backend, x) if backend == "triton" and x.numel() else "torch"

@@ -11,16 +11,20 @@ The backward system runs by the operation's `reverse`: nothing is flipped. Paddi
 enters a system at padded positions: forward, padding on the right comes after all that is real; backward, it comes
 first, and a system that has seen only zeros is in its first state. There are no position embeddings and no kernel of a
 fixed length: the kernels are computed anew for the length at hand, so any length may follow any other.
+
+A layer's norm is applied where the residual stream that it reads is summed, at the end of the layer before, for there
+both are one pass over memory: so a layer takes the stream H with X beside it, and the norm that comes after it.
 """
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from mambagen.kernels.gelu import gelu, gelu_product, masked_gelu
+from mambagen.kernels.layer_norm import add_layer_norm
 from mambagen.models.config import Count, Positive
 from mambagen.models.optimiser_groups import parameter_groups
 from mambagen.models.s4d_mixer import S4D, S4DConfig, S4DMixer
@@ -87,13 +91,35 @@ BIGS_STACK_SIZES: dict[str, BigsConfig] = {
 }
 
 
+class AddNorm(nn.LayerNorm):
+    """LayerNorm of a residual stream after what a layer adds to it.
+
+    Args:
+        wide: y stays in the stream's dtype; else it has that of autocast, or of the weights.
+    """
+
+    def __init__(self, d_model: int, epsilon: float, wide: bool = False) -> None:
+        super().__init__(d_model, epsilon)
+        self.wide = wide
+
+    def forward(self, h: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """h (batch, length, d_model) float32, branch like h in any dtype -> h + branch, and its norm."""
+        if self.wide:
+            dtype = h.dtype
+        elif torch.is_autocast_enabled(h.device.type):
+            dtype = torch.get_autocast_dtype(h.device.type)
+        else:
+            dtype = self.weight.dtype
+        return add_layer_norm(h, branch, self.weight, self.bias, self.eps, dtype)
+
+
 class GatedLayer(nn.Module):
     """H + W_o(gelu(W_u(F' * G')) * V): two systems side by side, their product through a gate."""
 
     def __init__(self, config: BigsConfig) -> None:
         super().__init__()
         d, f = config.d_model, config.feed_forward
-        self.norm = nn.LayerNorm(d, config.norm_epsilon)
+        self.norm = AddNorm(d, config.norm_epsilon)
         self.v_proj = nn.Linear(d, f)
         self.f_proj = nn.Linear(d, d)
         self.b_proj = nn.Linear(d, d)
@@ -104,14 +130,23 @@ class GatedLayer(nn.Module):
         self.u_proj = nn.Linear(d, f)
         self.o_proj = nn.Linear(f, d)
 
-    def forward(self, h: Tensor, padding: Tensor | None) -> Tensor:
-        """h (batch, length, d_model) float32, padding (batch, length, 1) bool or None -> like h."""
-        x = self.norm(h)
-        forwards, _ = self.forwards(_silence(gelu(self.f_proj(x)), padding))
-        backwards, _ = self.backwards(_silence(gelu(self.b_proj(x)), padding), reverse=True)
+    def forward(self, h: Tensor, x: Tensor, padding: Tensor | None, after: AddNorm) -> tuple[Tensor, Tensor]:
+        """Add the layer to the residual stream and normalise it for what comes next.
+
+        Args:
+            h: (batch, length, d_model) float32.
+            x: like h, its norm by this layer's own `norm`.
+            padding: (batch, length, 1) bool, or None.
+            after: the norm of the next layer, or the last.
+
+        Returns:
+            h with what the layer adds, and the norm of that by `after`.
+        """
+        forwards, _ = self.forwards(masked_gelu(self.f_proj(x), padding))
+        backwards, _ = self.backwards(masked_gelu(self.b_proj(x), padding), reverse=True)
         both = self.uf_proj(forwards) * self.ub_proj(backwards)
-        out: Tensor = h + self.o_proj(gelu(self.u_proj(both)) * gelu(self.v_proj(x)))
-        return out
+        summed: tuple[Tensor, Tensor] = after(h, self.o_proj(gelu_product(self.u_proj(both), self.v_proj(x))))
+        return summed
 
 
 class StackLayer(nn.Module):
@@ -120,20 +155,20 @@ class StackLayer(nn.Module):
     def __init__(self, config: BigsConfig) -> None:
         super().__init__()
         d, f = config.d_model, config.feed_forward
-        self.norm = nn.LayerNorm(d, config.norm_epsilon)
+        self.norm = AddNorm(d, config.norm_epsilon)
         self.forwards = S4DMixer(config.ssm)
         self.backwards = S4DMixer(config.ssm)
-        self.norm_ff = nn.LayerNorm(d, config.norm_epsilon)
+        self.norm_ff = AddNorm(d, config.norm_epsilon)
         self.up_proj = nn.Linear(d, f)
         self.down_proj = nn.Linear(f, d)
 
-    def forward(self, h: Tensor, padding: Tensor | None) -> Tensor:
-        """h (batch, length, d_model) float32, padding (batch, length, 1) bool or None -> like h."""
-        x, _ = self.forwards(_silence(self.norm(h), padding))
+    def forward(self, h: Tensor, x: Tensor, padding: Tensor | None, after: AddNorm) -> tuple[Tensor, Tensor]:
+        """See `GatedLayer.forward`."""
+        x, _ = self.forwards(_silence(x, padding))
         x, _ = self.backwards(_silence(x, padding), reverse=True)
-        h = h + x
-        out: Tensor = h + self.down_proj(gelu(self.up_proj(self.norm_ff(h))))
-        return out
+        h, x = self.norm_ff(h, x)
+        summed: tuple[Tensor, Tensor] = after(h, self.down_proj(gelu(self.up_proj(x))))
+        return summed
 
 
 class BigsEncoder(nn.Module):
@@ -145,7 +180,7 @@ class BigsEncoder(nn.Module):
         layer = GatedLayer if config.architecture == "gated" else StackLayer
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(layer(config) for _ in range(config.n_layer))
-        self.norm_f = nn.LayerNorm(config.d_model, config.norm_epsilon)
+        self.norm_f = AddNorm(config.d_model, config.norm_epsilon, wide=True)
         self.init_weights()
 
     @torch.no_grad()
@@ -185,18 +220,16 @@ class BigsEncoder(nn.Module):
         h = self.embedding(tokens.int())
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         padding = None if mask is None else ~mask[..., None]
-        for layer in self.layers:
-            h = layer(h, padding)
-        out: Tensor = self.norm_f(h)
+        norms = [*(cast(AddNorm, layer.norm) for layer in self.layers), self.norm_f]
+        h, x = norms[0](h)
+        for layer, after in zip(self.layers, norms[1:], strict=True):
+            h, x = layer(h, x, padding, after)
+        out: Tensor = x
         return out
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser; see `mambagen.models.optimiser_groups`."""
         return parameter_groups(self, weight_decay)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 def _silence(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from mambagen.kernels.s4d import s4d_reference
-from mambagen.models.bigs import BIGS_SIZES, BIGS_STACK_SIZES, BigsConfig, BigsEncoder, GatedLayer, StackLayer
+from mambagen.models.bigs import BIGS_SIZES, BIGS_STACK_SIZES, AddNorm, BigsConfig, BigsEncoder, GatedLayer, StackLayer
 from tests.models.mixer_cases import randomise
 
 SHAPE = {"d_model": 16, "n_layer": 2, "d_state": 4}
@@ -58,7 +58,11 @@ def test_the_gated_layer_is_its_formula(n_ssm):
     F = linear(system(F, layer.forwards), layer.uf_proj)
     G = linear(system(G, layer.backwards), layer.ub_proj).flip(1)
     exact = h + linear(gelu(linear(F * G, layer.u_proj)) * V, layer.o_proj)
-    torch.testing.assert_close(layer(h, None), exact.float(), rtol=1e-5, atol=1e-5)
+    after = AddNorm(16, 1e-5)
+    randomise(after)
+    h, x = layer(*layer.norm(h), None, after)
+    torch.testing.assert_close(h, exact.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x, norm(exact, after).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_stack_layer_is_its_formula():
@@ -74,7 +78,11 @@ def test_the_stack_layer_is_its_formula():
     x = s4d_layer(norm(h.double(), layer.norm), layer.forwards)
     after = h + s4d_layer(x.flip(1), layer.backwards).flip(1)
     exact = after + linear(gelu(linear(norm(after, layer.norm_ff), layer.up_proj)), layer.down_proj)
-    torch.testing.assert_close(layer(h, None), exact.float(), rtol=1e-5, atol=1e-5)
+    after = AddNorm(16, 1e-5)
+    randomise(after)
+    h, x = layer(*layer.norm(h), None, after)
+    torch.testing.assert_close(h, exact.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x, norm(exact, after).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -150,6 +158,30 @@ def test_bfloat16_stays_near_and_the_residual_stream_is_float32(architecture):
         low = model(tokens())
     assert low.dtype == torch.float32
     assert (low - whole).norm() < 0.05 * whole.norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_the_fused_passes_in_triton_change_nothing_but_roundings(architecture, low, monkeypatch):
+    pytest.importorskip("triton")
+    model = encoder(architecture=architecture)
+    row = tokens(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = mask[1, 7:] = False
+    found = []
+    for backend in ("torch", "triton"):
+        for op in ("gelu", "layer_norm"):
+            monkeypatch.setattr(f"mambagen.kernels.{op}.triton_or_torch", lambda *_, chosen=backend: chosen)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            hidden = model(row, mask)
+        assert hidden.dtype == torch.float32
+        (hidden[mask] * torch.linspace(-1, 1, 16)).sum().backward()
+        found.append([hidden[mask].detach(), *(p.grad.clone() for p in model.parameters())])
+        if low:  # gradients of single numbers are sums that cancel: all of them together
+            found[-1][1:] = [torch.cat([g.flatten() for g in found[-1][1:]])]
+    for plain, fused in zip(*found, strict=True):
+        assert (fused - plain).norm() <= (0.03 if low else 1e-5) * plain.norm()
 
 
 def test_it_learns_a_rule_that_needs_both_sides():

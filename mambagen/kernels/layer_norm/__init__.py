@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambagen.kernels.dispatch import backend_module, check_shape, entered_directly, is_plain_eager, triton_or_torch
+from mambagen.kernels.dispatch import backend_module, entered_directly, is_plain_eager, triton_or_torch
 
 __all__ = ["add_layer_norm"]
 
@@ -44,9 +44,12 @@ def add_layer_norm(
     Raises:
         ValueError: shapes do not fit, or the backend cannot run this call.
     """
-    check_shape("add_layer_norm", "branch", branch, h.shape, "as h")
-    check_shape("add_layer_norm", "weight", weight, h.shape[-1:], "(channels,)")
-    check_shape("add_layer_norm", "bias", bias, h.shape[-1:], "(channels,)")
+    if branch is not None and branch.shape != h.shape:
+        raise ValueError(f"add_layer_norm: branch {tuple(branch.shape)} does not fit h {tuple(h.shape)}")
+    if not (h.dim() and weight.shape == bias.shape == h.shape[-1:]):
+        raise ValueError(
+            f"add_layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit h {tuple(h.shape)}"
+        )
     if triton_or_torch("layer_norm", backend, h) == "torch":
         total = h if branch is None else h + branch
         y = F.layer_norm(total, weight.shape, weight.to(h.dtype), bias.to(h.dtype), epsilon)
