@@ -23,6 +23,7 @@ and within a chunk dk_j is a sum over a diagonal of dy x^T. Partial sums are add
 # mypy: ignore-errors
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,10 +39,11 @@ FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" el
 CHUNK = 64
 LEAST_WIDE = 16  # the least that a product takes
 WIDE, WARPS = 64, 4  # of the convolution
-WIDE_GRADIENTS, WARPS_GRADIENTS = 64, 8
+WIDE_GRADIENTS, WARPS_GRADIENTS = 64, 4
 LEAST_CHUNKS = 4  # of a segment
 ROUNDS = 2  # programs a multiprocessor for which a sequence is cut into segments
 ROWS = 16  # of the tables, a program
+AHEAD = tl.constexpr(4)  # segments whose states are read at a time
 SUMMED = 16  # partial sums that are read at a time
 STATES = 16  # states a program, of what is added up or carried on
 
@@ -49,7 +51,7 @@ STATES = 16  # states a program, of what is added up or carried on
 def forward(x: Tensor, c: Tensor, z: Tensor, skip: Tensor | None, reverse: bool) -> Tensor:
     """y like x (batch, length, channels); c (ssms, state) complex64, z complex128, skip (channels,) float32."""
     with on_device_of(x):
-        return _convolve(x, _tables(c, z), z, skip, reverse)
+        return _convolve(x, _Tables.of(c, z), z, skip, reverse)
 
 
 def backward(
@@ -57,26 +59,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dc, dz and dskip, which is empty where there is no skip."""
     with on_device_of(x):
-        tables = _tables(c, z)
+        tables = _Tables.of(c, z)
         dx = _convolve(dy, tables, z, skip, not reverse)
         return dx, *_gradients(dy, x, tables, c, z, skip, reverse)
 
 
-def _tables(c: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(t z) (ssms, 2, CHUNK + 1, state), 2 c exp(t z) (ssms, 2, CHUNK, state) and the kernel's first CHUNK values.
+class _Tables(NamedTuple):
+    """What the products take, each number as two bfloat16: (..., 2 halves, steps, state)."""
 
-    Real and imaginary parts, of the second the conjugate's; float32.
-    """
-    ssms, state = z.shape
-    E = torch.empty(ssms, 2, CHUNK + 1, state, dtype=torch.float32, device=z.device)
-    V = torch.empty(ssms, 2, CHUNK, state, dtype=torch.float32, device=z.device)
-    k = torch.empty(ssms, CHUNK, dtype=torch.float32, device=z.device)
-    blocks = triton.cdiv(CHUNK + 1, ROWS)
-    tables_kernel[(ssms * blocks,)](
-        _pairs(c), _pairs(z), E, V, k, blocks,
-        STATE=state, LANES=_lanes(state), CHUNK=CHUNK, ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
-    return E, V, k
+    E: Tensor  # exp(t z) and t exp(t z), t up to CHUNK: (ssms, 2, real and imaginary, 2, CHUNK + 1, state)
+    V: Tensor  # 2 c exp(t z), the imaginary part negated: (ssms, real and imaginary, 2, CHUNK, state)
+    k: Tensor  # the kernel's first values: (ssms, 2, CHUNK)
+    decay: Tensor  # exp(CHUNK z), float32: (ssms, real and imaginary, state)
+
+    @staticmethod
+    def of(c: Tensor, z: Tensor) -> "_Tables":
+        ssms, state = z.shape
+        shapes = ((ssms, 2, 2, 2, CHUNK + 1, state), (ssms, 2, 2, CHUNK, state), (ssms, 2, CHUNK))
+        made = [torch.empty(shape, dtype=torch.bfloat16, device=z.device) for shape in shapes]
+        tables = _Tables(*made, torch.empty(ssms, 2, state, dtype=torch.float32, device=z.device))
+        blocks = triton.cdiv(CHUNK + 1, ROWS)
+        tables_kernel[(ssms * blocks,)](
+            _pairs(c), _pairs(z), *tables, blocks,
+            STATE=state, LANES=_lanes(state), CHUNK=CHUNK, ROWS=ROWS, num_warps=4,
+        )  # fmt: skip
+        return tables
 
 
 class _Cut:
@@ -96,16 +103,13 @@ class _Cut:
         self.programs = rows * self.segments
 
 
-def _convolve(
-    x: Tensor, tables: tuple[Tensor, Tensor, Tensor], z: Tensor, skip: Tensor | None, reverse: bool
-) -> Tensor:
-    E, V, k = tables
+def _convolve(x: Tensor, tables: _Tables, z: Tensor, skip: Tensor | None, reverse: bool) -> Tensor:
     ssms, state = z.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cut = _Cut(x, ssms, WIDE)
-    start = _segment_starts(x, cut, E, z, reverse, 2)
+    start = _segment_starts(x, cut, tables, z, reverse, 2)
     conv_kernel[(cut.programs,)](
-        x, E, V, k, E if skip is None else skip, E if start is None else start, y,
+        x, *tables, tables.decay if skip is None else skip, tables.decay if start is None else start, y,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, *x.stride(), *y.stride(),
         STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
         SKIP=skip is not None, CARRIED=start is not None, num_warps=WARPS,
@@ -113,7 +117,7 @@ def _convolve(
     return y
 
 
-def _segment_starts(x: Tensor, cut: _Cut, E: Tensor, z: Tensor, reverse: bool, parts: int) -> Tensor | None:
+def _segment_starts(x: Tensor, cut: _Cut, tables: _Tables, z: Tensor, reverse: bool, parts: int) -> Tensor | None:
     """The states before each segment, (batch, segments, parts, state, channels) float32; None where there is one.
 
     `parts` is 2, real and imaginary part of H, or 4, also of H'.
@@ -123,7 +127,8 @@ def _segment_starts(x: Tensor, cut: _Cut, E: Tensor, z: Tensor, reverse: bool, p
     (ssms, state), (batch, _, channels) = z.shape, x.shape
     states = torch.empty(batch, cut.segments, parts, state, channels, dtype=torch.float32, device=x.device)
     states_kernel[(cut.programs,)](
-        x, E, states, cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, *x.stride(),
+        x, tables.E, tables.decay, states,
+        cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, *x.stride(),
         STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse, SLOPE=parts == 4,
         num_warps=WARPS if parts == 2 else WARPS_GRADIENTS,
     )  # fmt: skip
@@ -137,13 +142,12 @@ def _segment_starts(x: Tensor, cut: _Cut, E: Tensor, z: Tensor, reverse: bool, p
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, tables: tuple[Tensor, Tensor, Tensor], c: Tensor, z: Tensor, skip: Tensor | None,
+    dy: Tensor, x: Tensor, tables: _Tables, c: Tensor, z: Tensor, skip: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    E = tables[0]
     ssms, state = z.shape
     cut = _Cut(x, ssms, WIDE_GRADIENTS)
-    start = _segment_starts(x, cut, E, z, reverse, 4)
+    start = _segment_starts(x, cut, tables, z, reverse, 4)
     each = cut.programs // ssms  # programs of a system
     sums = torch.empty(ssms, each, 4, state, dtype=torch.float32, device=x.device)
     products = torch.empty(ssms, each, CHUNK, CHUNK, dtype=torch.float32, device=x.device)
@@ -151,11 +155,12 @@ def _gradients(
     batch, _, channels = x.shape
     dskip = torch.empty(batch * cut.segments, channels if skip is not None else 0, dtype=torch.float32, device=x.device)
     gradients_kernel[(cut.programs,)](
-        x, dy, E, E if start is None else start, sums, products, near, dskip,
+        x, dy, tables.E, tables.decay, tables.decay if start is None else start, sums, products, dskip,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, each, *x.stride(), *dy.stride(),
         STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
         SKIP=skip is not None, CARRIED=start is not None, num_warps=WARPS_GRADIENTS,
     )  # fmt: skip
+    diagonals_kernel[(cut.programs,)](products, near, CHUNK=CHUNK, num_warps=4)
     dc, dz = torch.empty_like(c), torch.empty_like(z)
     bands = triton.cdiv(state, STATES)
     sums_kernel[(ssms * bands,)](
@@ -180,9 +185,22 @@ def halves(v):
     return high.to(FACTOR), (v - high.to(tl.float32)).to(tl.bfloat16).to(FACTOR)
 
 
+@triton.jit
+def store_halves(place, apart, v, mask):
+    high = v.to(tl.bfloat16)
+    tl.store(place, high, mask=mask)
+    tl.store(place + apart, (v - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def load_halves(place, apart, mask):
+    """A matrix as it is stored, so that products read it from shared memory, where it stays."""
+    return tl.load(place, mask=mask, other=0.0).to(FACTOR), tl.load(place + apart, mask=mask, other=0.0).to(FACTOR)
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def tables_kernel(
-    c, z, E, V, k, blocks, STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
+    c, z, E, V, k, decay, blocks, STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     ssm = (tl.program_id(0) // blocks).to(tl.int64)
     t = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
@@ -192,18 +210,23 @@ def tables_kernel(
     re, im = tl.load(z + at, mask=real, other=0.0), tl.load(z + at + 1, mask=real, other=0.0)
     c_re, c_im = tl.load(c + at, mask=real, other=0.0), tl.load(c + at + 1, mask=real, other=0.0)
     e_re, e_im = powers(re[None, :], im[None, :], t[:, None].to(tl.float64))
-    place = t[:, None] * STATE + n[None, :]
-    own = E + ssm * (2 * (CHUNK + 1) * STATE) + place
     inside = (t <= CHUNK)[:, None] & real[None, :]
-    tl.store(own, e_re, mask=inside)
-    tl.store(own + (CHUNK + 1) * STATE, e_im, mask=inside)
+    own = E + ssm * (8 * (CHUNK + 1) * STATE) + t[:, None] * STATE + n[None, :]
+    store_halves(own, (CHUNK + 1) * STATE, e_re, inside)
+    store_halves(own + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, e_im, inside)
+    steps = t[:, None].to(tl.float32)
+    store_halves(own + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, steps * e_re, inside)
+    store_halves(own + 6 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, steps * e_im, inside)
+    last = (t == CHUNK)[:, None] & real[None, :]
+    tl.store(decay + ssm * (2 * STATE) + n[None, :] + t[:, None] * 0, e_re, mask=last)
+    tl.store(decay + ssm * (2 * STATE) + STATE + n[None, :] + t[:, None] * 0, e_im, mask=last)
     v_re = 2.0 * (c_re[None, :] * e_re - c_im[None, :] * e_im)
     v_im = 2.0 * (c_re[None, :] * e_im + c_im[None, :] * e_re)
-    own = V + ssm * (2 * CHUNK * STATE) + place
     inside = (t < CHUNK)[:, None] & real[None, :]
-    tl.store(own, v_re, mask=inside)
-    tl.store(own + CHUNK * STATE, -v_im, mask=inside)
-    tl.store(k + ssm * CHUNK + t, tl.sum(tl.where(real[None, :], v_re, 0.0), 1), mask=t < CHUNK)
+    own = V + ssm * (4 * CHUNK * STATE) + t[:, None] * STATE + n[None, :]
+    store_halves(own, CHUNK * STATE, v_re, inside)
+    store_halves(own + 2 * CHUNK * STATE, CHUNK * STATE, -v_im, inside)
+    store_halves(k + ssm * (2 * CHUNK) + t, CHUNK, tl.sum(tl.where(real[None, :], v_re, 0.0), 1), t < CHUNK)
 
 
 @triton.jit
@@ -224,9 +247,18 @@ def load_chunk(base, at, length, stride, channels, inside, REVERSE: tl.constexpr
     return tl.load(base + place[:, None] + channels[None, :], mask=inside, other=0.0).to(FACTOR)
 
 
+@triton.jit
+def advanced(decay_re, decay_im, H_re, H_im, U_re, U_re_low, U_im, U_im_low, v):
+    """decay H + U v. The last sum comes after the last product, so that all have ended when the step of the loop does:
+    products that went on into the next one would read v's buffer while the copy of a later chunk is written there."""
+    old_re, old_im = decay_re * H_re - decay_im * H_im, decay_re * H_im + decay_im * H_re
+    new_re = tl.dot(U_re, v, tl.dot(U_re_low, v, old_re))
+    return new_re, old_im + tl.dot(U_im, v, tl.dot(U_im_low, v))
+
+
 @triton.jit(do_not_specialize=["length", "ssms", "columns", "segments", "chunks"])
 def conv_kernel(
-    x, E, V, k, skip, start, y, length, each, ssms, columns, segments, chunks,
+    x, E, V, k, decay, skip, start, y, length, each, ssms, columns, segments, chunks,
     x_row, x_step, x_channel, y_row, y_step, y_channel,
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
     SKIP: tl.constexpr, CARRIED: tl.constexpr,
@@ -235,22 +267,19 @@ def conv_kernel(
     n, t, d = tl.arange(0, LANES), tl.arange(0, CHUNK), column * WIDE + tl.arange(0, WIDE)
     real, inside = n < STATE, d < each
     d = ssm * each + d
-    E += ssm * (2 * (CHUNK + 1) * STATE)
-    V += ssm * (2 * CHUNK * STATE)
+    E += ssm * (8 * (CHUNK + 1) * STATE) + (CHUNK - t)[None, :] * STATE + n[:, None]
+    V += ssm * (4 * CHUNK * STATE) + t[:, None] * STATE + n[None, :]
     x += row * x_row
     y += row * y_row
-
-    later = E + (CHUNK - t)[None, :] * STATE + n[:, None]
-    U_re, U_re_low = halves(tl.load(later, mask=real[:, None], other=0.0))
-    U_im, U_im_low = halves(tl.load(later + (CHUNK + 1) * STATE, mask=real[:, None], other=0.0))
-    weights = V + t[:, None] * STATE + n[None, :]
-    V_re, V_re_low = halves(tl.load(weights, mask=real[None, :], other=0.0))
-    V_im, V_im_low = halves(tl.load(weights + CHUNK * STATE, mask=real[None, :], other=0.0))
+    U_re, U_re_low = load_halves(E, (CHUNK + 1) * STATE, real[:, None])
+    U_im, U_im_low = load_halves(E + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    V_re, V_re_low = load_halves(V, CHUNK * STATE, real[None, :])
+    V_im, V_im_low = load_halves(V + 2 * CHUNK * STATE, CHUNK * STATE, real[None, :])
     lag = t[:, None] - t[None, :]
-    T, T_low = halves(tl.load(k + ssm * CHUNK + lag, mask=lag >= 0, other=0.0))
-    decay = E + CHUNK * STATE + n
+    T, T_low = load_halves(k + ssm * (2 * CHUNK) + lag, CHUNK, lag >= 0)
+    decay += ssm * (2 * STATE) + n
     decay_re = tl.load(decay, mask=real, other=0.0)[:, None]
-    decay_im = tl.load(decay + (CHUNK + 1) * STATE, mask=real, other=0.0)[:, None]
+    decay_im = tl.load(decay + STATE, mask=real, other=0.0)[:, None]
     if SKIP:
         D = tl.load(skip + d, mask=inside, other=0.0)[None, :]
     if CARRIED:
@@ -282,15 +311,12 @@ def conv_kernel(
             y + place[:, None] + (d * y_channel)[None, :], out.to(y.dtype.element_ty),
             mask=(at < length)[:, None] & inside[None, :],
         )  # fmt: skip
-        new_re = tl.dot(U_re_low, v, decay_re * H_re - decay_im * H_im)
-        new_im = tl.dot(U_im_low, v, decay_re * H_im + decay_im * H_re)
-        H_re = tl.dot(U_re, v, new_re)
-        H_im = tl.dot(U_im, v, new_im)
+        H_re, H_im = advanced(decay_re, decay_im, H_re, H_im, U_re, U_re_low, U_im, U_im_low, v)
 
 
 @triton.jit(do_not_specialize=["length", "ssms", "columns", "segments", "chunks"])
 def states_kernel(
-    x, E, states, length, each, ssms, columns, segments, chunks, x_row, x_step, x_channel,
+    x, E, decay, states, length, each, ssms, columns, segments, chunks, x_row, x_step, x_channel,
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
     SLOPE: tl.constexpr,
 ):  # fmt: skip
@@ -298,22 +324,18 @@ def states_kernel(
     n, t, d = tl.arange(0, LANES), tl.arange(0, CHUNK), column * WIDE + tl.arange(0, WIDE)
     real, inside = n < STATE, d < each
     d = ssm * each + d
-    E += ssm * (2 * (CHUNK + 1) * STATE)
+    E += ssm * (8 * (CHUNK + 1) * STATE) + (CHUNK - t)[None, :] * STATE + n[:, None]
     x += row * x_row
-    later = E + (CHUNK - t)[None, :] * STATE + n[:, None]
-    steps = (CHUNK - t)[None, :].to(tl.float32)
-    U_re = tl.load(later, mask=real[:, None], other=0.0)
-    U_im = tl.load(later + (CHUNK + 1) * STATE, mask=real[:, None], other=0.0)
+    U_re, U_re_low = load_halves(E, (CHUNK + 1) * STATE, real[:, None])
+    U_im, U_im_low = load_halves(E + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
     if SLOPE:
-        S_re, S_re_low = halves(U_re * steps)
-        S_im, S_im_low = halves(U_im * steps)
+        S_re, S_re_low = load_halves(E + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+        S_im, S_im_low = load_halves(E + 6 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
         G_re = tl.zeros([LANES, WIDE], tl.float32)
         G_im = tl.zeros([LANES, WIDE], tl.float32)
-    U_re, U_re_low = halves(U_re)
-    U_im, U_im_low = halves(U_im)
-    decay = E + CHUNK * STATE + n
+    decay += ssm * (2 * STATE) + n
     decay_re = tl.load(decay, mask=real, other=0.0)[:, None]
-    decay_im = tl.load(decay + (CHUNK + 1) * STATE, mask=real, other=0.0)[:, None]
+    decay_im = tl.load(decay + STATE, mask=real, other=0.0)[:, None]
     H_re = tl.zeros([LANES, WIDE], tl.float32)
     H_im = tl.zeros([LANES, WIDE], tl.float32)
     first = segment * chunks * CHUNK
@@ -321,12 +343,8 @@ def states_kernel(
         v = load_chunk(x, begin + t, length, x_step, d * x_channel, inside, REVERSE)
         if SLOPE:
             g_re, g_im = G_re + CHUNK * H_re, G_im + CHUNK * H_im
-            G_re = tl.dot(S_re, v, tl.dot(S_re_low, v, decay_re * g_re - decay_im * g_im))
-            G_im = tl.dot(S_im, v, tl.dot(S_im_low, v, decay_re * g_im + decay_im * g_re))
-        new_re = tl.dot(U_re_low, v, decay_re * H_re - decay_im * H_im)
-        new_im = tl.dot(U_im_low, v, decay_re * H_im + decay_im * H_re)
-        H_re = tl.dot(U_re, v, new_re)
-        H_im = tl.dot(U_im, v, new_im)
+            G_re, G_im = advanced(decay_re, decay_im, g_re, g_im, S_re, S_re_low, S_im, S_im_low, v)
+        H_re, H_im = advanced(decay_re, decay_im, H_re, H_im, U_re, U_re_low, U_im, U_im_low, v)
     part = STATE * each * ssms
     PARTS: tl.constexpr = 4 if SLOPE else 2
     own = states + (row * segments + segment) * (PARTS * part) + n[:, None] * (each * ssms) + d[None, :]
@@ -364,28 +382,31 @@ def carry_kernel(
     H_im = tl.zeros([STATES, WIDE], tl.float32)
     G_re = tl.zeros([STATES, WIDE], tl.float32)
     G_im = tl.zeros([STATES, WIDE], tl.float32)
-    for _ in range(segments):
-        left_re = tl.load(own, mask=inside, other=0.0)
-        left_im = tl.load(own + part, mask=inside, other=0.0)
-        tl.store(own, H_re, mask=inside)
-        tl.store(own + part, H_im, mask=inside)
-        if SLOPE:
-            slope_re = tl.load(own + 2 * part, mask=inside, other=0.0)
-            slope_im = tl.load(own + 3 * part, mask=inside, other=0.0)
-            tl.store(own + 2 * part, G_re, mask=inside)
-            tl.store(own + 3 * part, G_im, mask=inside)
-            g_re, g_im = G_re + steps[:, None] * H_re, G_im + steps[:, None] * H_im
-            G_re = decay_re * g_re - decay_im * g_im + slope_re
-            G_im = decay_re * g_im + decay_im * g_re + slope_im
-        next_re = decay_re * H_re - decay_im * H_im + left_re
-        H_im = decay_re * H_im + decay_im * H_re + left_im
-        H_re = next_re
-        own += PARTS * part
+    for first in range(0, segments, AHEAD):
+        for i in tl.static_range(AHEAD):  # their loads do not wait for one another
+            known = inside & (first + i < segments)
+            here = own + i * (PARTS * part)
+            left_re = tl.load(here, mask=known, other=0.0)
+            left_im = tl.load(here + part, mask=known, other=0.0)
+            tl.store(here, H_re, mask=known)
+            tl.store(here + part, H_im, mask=known)
+            if SLOPE:
+                slope_re = tl.load(here + 2 * part, mask=known, other=0.0)
+                slope_im = tl.load(here + 3 * part, mask=known, other=0.0)
+                tl.store(here + 2 * part, G_re, mask=known)
+                tl.store(here + 3 * part, G_im, mask=known)
+                g_re, g_im = G_re + steps[:, None] * H_re, G_im + steps[:, None] * H_im
+                G_re = decay_re * g_re - decay_im * g_im + slope_re
+                G_im = decay_re * g_im + decay_im * g_re + slope_im
+            next_re = decay_re * H_re - decay_im * H_im + left_re
+            H_im = decay_re * H_im + decay_im * H_re + left_im
+            H_re = next_re
+        own += AHEAD * PARTS * part
 
 
 @triton.jit(do_not_specialize=["length", "ssms", "columns", "segments", "chunks", "programs"])
 def gradients_kernel(
-    x, dy, E, start, sums, products, near, dskip, length, each, ssms, columns, segments, chunks, programs,
+    x, dy, E, decay, start, sums, products, dskip, length, each, ssms, columns, segments, chunks, programs,
     x_row, x_step, x_channel, y_row, y_step, y_channel,
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
     SKIP: tl.constexpr, CARRIED: tl.constexpr,
@@ -394,29 +415,22 @@ def gradients_kernel(
     n, t, d = tl.arange(0, LANES), tl.arange(0, CHUNK), column * WIDE + tl.arange(0, WIDE)
     real, inside = n < STATE, d < each
     d = ssm * each + d
-    E += ssm * (2 * (CHUNK + 1) * STATE)
     x += row * x_row
     dy += row * y_row
-
-    later = E + (CHUNK - t)[None, :] * STATE + n[:, None]
-    u_re = tl.load(later, mask=real[:, None], other=0.0)
-    u_im = tl.load(later + (CHUNK + 1) * STATE, mask=real[:, None], other=0.0)
-    steps = (CHUNK - t)[None, :].to(tl.float32)
-    U_re, U_re_low = halves(u_re)
-    U_im, U_im_low = halves(u_im)
-    S_re, S_re_low = halves(u_re * steps)
-    S_im, S_im_low = halves(u_im * steps)
-    sooner = E + t[None, :] * STATE + n[:, None]
-    w_re = tl.load(sooner, mask=real[:, None], other=0.0)
-    w_im = tl.load(sooner + (CHUNK + 1) * STATE, mask=real[:, None], other=0.0)
-    steps = t[None, :].to(tl.float32)
-    W_re, W_re_low = halves(w_re)
-    W_im, W_im_low = halves(w_im)
-    R_re, R_re_low = halves(w_re * steps)
-    R_im, R_im_low = halves(w_im * steps)
-    decay = E + CHUNK * STATE + n
+    E += ssm * (8 * (CHUNK + 1) * STATE) + n[:, None]
+    later = E + (CHUNK - t)[None, :] * STATE
+    U_re, U_re_low = load_halves(later, (CHUNK + 1) * STATE, real[:, None])
+    U_im, U_im_low = load_halves(later + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    S_re, S_re_low = load_halves(later + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    S_im, S_im_low = load_halves(later + 6 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    sooner = E + t[None, :] * STATE
+    W_re, W_re_low = load_halves(sooner, (CHUNK + 1) * STATE, real[:, None])
+    W_im, W_im_low = load_halves(sooner + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    R_re, R_re_low = load_halves(sooner + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    R_im, R_im_low = load_halves(sooner + 6 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    decay += ssm * (2 * STATE) + n
     decay_re = tl.load(decay, mask=real, other=0.0)[:, None]
-    decay_im = tl.load(decay + (CHUNK + 1) * STATE, mask=real, other=0.0)[:, None]
+    decay_im = tl.load(decay + STATE, mask=real, other=0.0)[:, None]
     H_re = tl.zeros([LANES, WIDE], tl.float32)
     H_im = tl.zeros([LANES, WIDE], tl.float32)
     G_re = tl.zeros([LANES, WIDE], tl.float32)
@@ -454,12 +468,8 @@ def gradients_kernel(
         b_re += tl.sum(p_re * H_re - p_im * H_im, 1)
         b_im += tl.sum(p_re * H_im + p_im * H_re, 1)
         g_re, g_im = G_re + CHUNK * H_re, G_im + CHUNK * H_im
-        G_re = tl.dot(S_re, v, tl.dot(S_re_low, v, decay_re * g_re - decay_im * g_im))
-        G_im = tl.dot(S_im, v, tl.dot(S_im_low, v, decay_re * g_im + decay_im * g_re))
-        new_re = tl.dot(U_re_low, v, decay_re * H_re - decay_im * H_im)
-        new_im = tl.dot(U_im_low, v, decay_re * H_im + decay_im * H_re)
-        H_re = tl.dot(U_re, v, new_re)
-        H_im = tl.dot(U_im, v, new_im)
+        G_re, G_im = advanced(decay_re, decay_im, g_re, g_im, S_re, S_re_low, S_im, S_im_low, v)
+        H_re, H_im = advanced(decay_re, decay_im, H_re, H_im, U_re, U_re_low, U_im, U_im_low, v)
 
     mine = ssm * programs + (row * segments + segment) * columns + column
     own = sums + mine * (4 * STATE) + n
@@ -469,12 +479,15 @@ def gradients_kernel(
     tl.store(own + 3 * STATE, b_im, mask=real)
     if SKIP:
         tl.store(dskip + (row * segments + segment) * (each * ssms) + d, straight, mask=inside)
-    # the sums over diagonals, by way of memory
-    own = products + mine * (CHUNK * CHUNK)
-    tl.store(own + t[:, None] * CHUNK + t[None, :], within)
-    tl.debug_barrier()
-    diagonal = own + t[None, :] * CHUNK + t[None, :] - t[:, None]  # [lag, t]
-    tl.store(near + mine * CHUNK + t, tl.sum(tl.load(diagonal, mask=t[None, :] >= t[:, None], other=0.0), 1))
+    tl.store(products + mine * (CHUNK * CHUNK) + t[:, None] * CHUNK + t[None, :], within)
+
+
+@triton.jit
+def diagonals_kernel(products, near, CHUNK: tl.constexpr):
+    """near[lag] = sum_t products[t, t - lag]."""
+    t, mine = tl.arange(0, CHUNK), tl.program_id(0).to(tl.int64)
+    own = products + mine * (CHUNK * CHUNK) + t[None, :] * CHUNK + t[None, :] - t[:, None]  # [lag, t]
+    tl.store(near + mine * CHUNK + t, tl.sum(tl.load(own, mask=t[None, :] >= t[:, None], other=0.0), 1))
 
 
 @triton.jit(do_not_specialize=["programs", "bands"])
