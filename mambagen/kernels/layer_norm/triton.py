@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambagen.kernels.launching import on_device_of, processors
 
-ELEMENTS = 2048  # rows x columns of a tile: 16 a thread where it has 4 warps
+FORWARD, BACKWARD = (2048, 16), (2048, 16)  # elements (rows x columns) of a tile, and of a thread
 PROGRAMS = 8  # a multiprocessor, for the sums over rows
 WIDEST = 8192  # channels
 
@@ -43,7 +43,7 @@ def forward(
         total, other = h.new_empty(0), h
     else:
         total, other = torch.empty_like(h), branch.contiguous()
-    columns, tile, warps = _tile(d)
+    columns, tile, warps = _tile(d, *FORWARD)
     with on_device_of(h):
         add_norm_kernel[(triton.cdiv(rows, tile),)](
             h, other, weight, bias, total, y, moments, rows, epsilon, branch is not None, d, tile, columns,
@@ -61,7 +61,7 @@ def backward(
     rows = total.numel() // d
     dh = torch.empty_like(total)
     dbranch = total.new_empty(0) if low is None else torch.empty(total.shape, dtype=low, device=total.device)
-    columns, tile, warps = _tile(d)
+    columns, tile, warps = _tile(d, *BACKWARD)
     tiles = triton.cdiv(rows, tile)
     programs = min(tiles, PROGRAMS * processors(total.device))
     partial = torch.empty(programs, 2, d, dtype=torch.float32, device=total.device)
@@ -74,11 +74,11 @@ def backward(
     return dh, dbranch, partial.sum(0)
 
 
-def _tile(d: int) -> tuple[int, int, int]:
+def _tile(d: int, elements: int, each: int) -> tuple[int, int, int]:
     """Columns (d rounded up to a power of two), rows and warps of a program's tile."""
     columns = triton.next_power_of_2(d)
-    tile = max(1, ELEMENTS // columns)
-    return columns, tile, min(16, tile * columns // 512)
+    tile = max(1, elements // columns)
+    return columns, tile, max(1, min(16, tile * columns // (32 * each)))
 
 
 @triton.jit(do_not_specialize=["rows"])
