@@ -5,30 +5,34 @@
     python -m benchmarks.encoders --profile ours [--tokens 131072]   # the train steps of "s4d", kernel by kernel
     python -m benchmarks.encoders --profile forward --encoders bigs --lengths 32768     # or train: passes of encoders
 
-"s4d", which comes first: the train step of one S4D layer (forward, backward) beside the usual implementation in plain
-torch, which holds the (channels, states, length) Vandermonde matrix and multiplies FFTs. "length": encoders of one size
+"s4d", which comes first: the train step of one S4D layer (forward, backward) as it is, by our FFT at any rate ("fft",
+the same where systems do not share channels enough), and beside the usual implementation in plain torch, which holds
+the (channels, states, length) Vandermonde matrix and multiplies FFTs. "length": encoders of one size
 at lengths of 128 to 131072, under bfloat16 autocast, launched from Python and, as "graph", recorded as CUDA graphs,
 which is how the training loop runs steps of so few tokens; `bert` is attention by PyTorch's flash kernels. --out is
 written anew after every row, so a time limit loses nothing.
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import median_ms, print_table, write_json
 from benchmarks.train import profile, recorded
+from mambagen.kernels.s4d import chunked
 from mambagen.models.config import MAMBA_SIZES
 from mambagen.models.encoders import build_encoder, count_parameters, match_parameters
 from mambagen.models.s4d_mixer import S4D, S4DConfig
 from mambagen.training.cuda_graph import GraphedPass
 
 LENGTHS = tuple(1 << k for k in range(7, 18))
-WAYS = ("ours", "plain")
+WAYS = ("ours", "fft", "plain")
 PASSES = ("forward", "train")
 
 
@@ -132,8 +136,12 @@ class LayerCase(NamedTuple):
     x: Tensor
 
     def output(self, way: str) -> Tensor:
-        """By the layer as it is ("ours") or by plain torch ("plain")."""
-        y: Tensor = plain_s4d(self.layer, self.x) if way == "plain" else self.layer(self.x)[0]
+        """By the layer as it is ("ours"), with its convolution by FFT at any rate ("fft"), or by plain torch."""
+        if way == "plain":
+            return plain_s4d(self.layer, self.x)
+        by_fft = patch.object(chunked, "pays", lambda *facts: False) if way == "fft" else contextlib.nullcontext()
+        with by_fft:
+            y: Tensor = self.layer(self.x)[0]
         return y
 
     def train(self, way: str) -> None:
@@ -154,7 +162,7 @@ def s4d_cases(tokens: int, channels: int = 256, states: int = 32) -> Iterator[tu
 
 
 def s4d_rows(tokens: int) -> Iterator[dict[str, Any]]:
-    """A row a case: ours beside plain torch, and how far apart they are."""
+    """A row a case: ours beside our own by FFT and plain torch, and how far from plain the first is."""
     for row, case in s4d_cases(tokens):
         for way in WAYS:
             milliseconds, gigabytes = measured(partial(case.train, way))
@@ -167,14 +175,14 @@ def difference(case: LayerCase) -> float | None:
     """How far ours is from plain torch, as a share of it; None where the memory does not suffice."""
     try:
         with torch.no_grad():
-            ours, plain = (case.output(way).float() for way in WAYS)
+            ours, plain = (case.output(way).float() for way in ("ours", "plain"))
         return float((ours - plain).norm() / plain.norm())
     except torch.cuda.OutOfMemoryError:
         return None
 
 
 def draw(rows: list[dict[str, Any]], path: str, device: str) -> None:
-    """Speed of both passes and memory of the train step against length; `device` is the GPU's name."""
+    """Speed of both passes, from Python and as graphs, and memory of the train step; `device` is the GPU's name."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -184,12 +192,15 @@ def draw(rows: list[dict[str, Any]], path: str, device: str) -> None:
     for name in dict.fromkeys(row["encoder"] for row in rows):
         own = [row for row in rows if row["encoder"] == name]
         for axis, key in zip(axes, ("forward Mtok/s", "train Mtok/s", "train GB"), strict=True):
-            axis.plot([row["length"] for row in own], [row[key] for row in own], marker="o", label=name)
+            lines = axis.plot([row["length"] for row in own], [row[key] for row in own], marker="o", label=name)
+            graphs = [row.get(key.replace("Mtok/s", "graph Mtok/s")) for row in own]
+            if "Mtok/s" in key and any(graphs):
+                axis.plot([row["length"] for row in own], graphs, linestyle="--", color=lines[0].get_color())
             axis.set(xscale="log", yscale="log", xlabel="length", ylabel=key)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{device}, bfloat16")
+    figure.suptitle(f"{device}, bfloat16; dashed: as CUDA graphs")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

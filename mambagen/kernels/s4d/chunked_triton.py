@@ -9,11 +9,11 @@ states of these channels in registers. A chunk is three products on tensor cores
 where H holds what came before, decayed to the chunk's first step. x is exact in bfloat16; a float32 matrix is split
 into two bfloat16 ones, a rounding and what it leaves, so the products are as good as float32 ones (2^-17) at twice the
 work; of V H, where both are split, three of four products are taken. Sequences too few to fill the GPU are cut into
-segments: `states_kernel` finds what each leaves from zero, `carry_kernel` hands that on.
+segments: `segment_states_kernel` finds what each leaves from zero, `segment_carry_kernel` hands it on.
 
 The gradient of x is the convolution of dy in the other direction, by the same kernel. Those of c and z come from one
-more walk (`gradients_kernel`), with H' = dH/dz beside H: P = sum_t exp(t z) dy_t and P' = sum_t t exp(t z) dy_t over
-a chunk give, with the sums over chunks and channels,
+more walk (`chunked_gradients_kernel`), with H' = dH/dz beside H. Over a chunk P = sum_t exp(t z) dy_t and
+P' = sum_t t exp(t z) dy_t give, with the sums over chunks and channels,
 
     sum_j dk_j exp(j z) = sum P H + within chunks,    sum_j j dk_j exp(j z) = sum (P H' + P' H) + within chunks,
 
@@ -37,7 +37,7 @@ from mambagen.kernels.s4d.triton import powers
 FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16)
 
 CHUNK = 64
-LEAST_WIDE = 16  # the least that a product takes
+LEAST_WIDE = LEAST_LANES = 16  # channels and states: the least that a product takes
 WIDE, WARPS = 64, 4  # of the convolution
 WIDE_GRADIENTS, WARPS_GRADIENTS = 64, 4
 LEAST_CHUNKS = 4  # of a segment
@@ -79,7 +79,7 @@ class _Tables(NamedTuple):
         made = [torch.empty(shape, dtype=torch.bfloat16, device=z.device) for shape in shapes]
         tables = _Tables(*made, torch.empty(ssms, 2, state, dtype=torch.float32, device=z.device))
         blocks = triton.cdiv(CHUNK + 1, ROWS)
-        tables_kernel[(ssms * blocks,)](
+        chunk_tables_kernel[(ssms * blocks,)](
             _pairs(c), _pairs(z), *tables, blocks,
             STATE=state, LANES=_lanes(state), CHUNK=CHUNK, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def _convolve(x: Tensor, tables: _Tables, z: Tensor, skip: Tensor | None, revers
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cut = _Cut(x, ssms, WIDE)
     start = _segment_starts(x, cut, tables, z, reverse, 2)
-    conv_kernel[(cut.programs,)](
+    chunked_conv_kernel[(cut.programs,)](
         x, *tables, tables.decay if skip is None else skip, tables.decay if start is None else start, y,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, *x.stride(), *y.stride(),
         STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
@@ -126,7 +126,7 @@ def _segment_starts(x: Tensor, cut: _Cut, tables: _Tables, z: Tensor, reverse: b
         return None
     (ssms, state), (batch, _, channels) = z.shape, x.shape
     states = torch.empty(batch, cut.segments, parts, state, channels, dtype=torch.float32, device=x.device)
-    states_kernel[(cut.programs,)](
+    segment_states_kernel[(cut.programs,)](
         x, tables.E, tables.decay, states,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, *x.stride(),
         STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse, SLOPE=parts == 4,
@@ -134,7 +134,7 @@ def _segment_starts(x: Tensor, cut: _Cut, tables: _Tables, z: Tensor, reverse: b
     )  # fmt: skip
     wide = min(64, triton.next_power_of_2(cut.each))
     columns, bands = triton.cdiv(cut.each, wide), triton.cdiv(state, STATES)
-    carry_kernel[(batch * ssms * columns * bands,)](
+    segment_carry_kernel[(batch * ssms * columns * bands,)](
         states, _pairs(z), cut.segments, cut.each, ssms, columns, bands, cut.chunks * CHUNK,
         STATE=state, STATES=STATES, WIDE=wide, SLOPE=parts == 4, num_warps=4,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def _gradients(
     near = torch.empty(ssms, each, CHUNK, dtype=torch.float32, device=x.device)
     batch, _, channels = x.shape
     dskip = torch.empty(batch * cut.segments, channels if skip is not None else 0, dtype=torch.float32, device=x.device)
-    gradients_kernel[(cut.programs,)](
+    chunked_gradients_kernel[(cut.programs,)](
         x, dy, tables.E, tables.decay, tables.decay if start is None else start, sums, products, dskip,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, each, *x.stride(), *dy.stride(),
         STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
@@ -163,7 +163,7 @@ def _gradients(
     diagonals_kernel[(cut.programs,)](products, near, CHUNK=CHUNK, num_warps=4)
     dc, dz = torch.empty_like(c), torch.empty_like(z)
     bands = triton.cdiv(state, STATES)
-    sums_kernel[(ssms * bands,)](
+    chunked_sums_kernel[(ssms * bands,)](
         sums, near, _pairs(c), _pairs(z), torch.view_as_real(dc), torch.view_as_real(dz), each, bands,
         STATE=state, STATES=STATES, CHUNK=CHUNK, SUMMED=SUMMED, num_warps=4,
     )  # fmt: skip
@@ -171,7 +171,7 @@ def _gradients(
 
 
 def _lanes(state: int) -> int:
-    return max(16, triton.next_power_of_2(state))
+    return max(LEAST_LANES, triton.next_power_of_2(state))
 
 
 def _pairs(v: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def load_halves(place, apart, mask):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def tables_kernel(
+def chunk_tables_kernel(
     c, z, E, V, k, decay, blocks, STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     ssm = (tl.program_id(0) // blocks).to(tl.int64)
@@ -257,7 +257,7 @@ def advanced(decay_re, decay_im, H_re, H_im, U_re, U_re_low, U_im, U_im_low, v):
 
 
 @triton.jit(do_not_specialize=["length", "ssms", "columns", "segments", "chunks"])
-def conv_kernel(
+def chunked_conv_kernel(
     x, E, V, k, decay, skip, start, y, length, each, ssms, columns, segments, chunks,
     x_row, x_step, x_channel, y_row, y_step, y_channel,
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
@@ -315,7 +315,7 @@ def conv_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "ssms", "columns", "segments", "chunks"])
-def states_kernel(
+def segment_states_kernel(
     x, E, decay, states, length, each, ssms, columns, segments, chunks, x_row, x_step, x_channel,
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -357,7 +357,7 @@ def states_kernel(
 
 
 @triton.jit(do_not_specialize=["segments", "ssms", "columns", "bands", "steps"])
-def carry_kernel(
+def segment_carry_kernel(
     states, z, segments, each, ssms, columns, bands, steps,
     STATE: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
@@ -405,7 +405,7 @@ def carry_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "ssms", "columns", "segments", "chunks", "programs"])
-def gradients_kernel(
+def chunked_gradients_kernel(
     x, dy, E, decay, start, sums, products, dskip, length, each, ssms, columns, segments, chunks, programs,
     x_row, x_step, x_channel, y_row, y_step, y_channel,
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
@@ -491,7 +491,7 @@ def diagonals_kernel(products, near, CHUNK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["programs", "bands"])
-def sums_kernel(
+def chunked_sums_kernel(
     sums, near, c, z, dc, dz, programs, bands,
     STATE: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
