@@ -12,6 +12,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """What one block may use of a GPU's shared memory (0 where torch does not say)."""
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+
+
 def byte_flags(resets: Tensor | None) -> Tensor | None:
     """The document borders as bytes that a kernel reads, or None."""
     return None if resets is None else resets.contiguous().view(torch.uint8)

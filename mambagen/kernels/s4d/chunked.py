@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambagen.kernels.dispatch import backend_module, entered_directly, is_plain_eager
+from mambagen.kernels.launching import shared_bytes
 
 LEAST_CHANNELS = 16  # a system
-MOST_STATES = 64  # whose matrices fit a multiprocessor's shared memory
+MOST_STATES = 64
+SHARED_BYTES = 200_000  # of a multiprocessor, in which the matrices of so many states fit: Hopper's 227 KB do
 
 
 def pays(x: Tensor, ssms: int, state: int) -> bool:
-    """Whether this is right for the call and quicker than the FFT; x (batch, length, channels)."""
-    return x.dtype == torch.bfloat16 and x.shape[2] >= LEAST_CHANNELS * ssms and state <= MOST_STATES
+    """Whether this can do the call and is quicker than the FFT; x (batch, length, channels)."""
+    fits = x.dtype == torch.bfloat16 and x.shape[2] >= LEAST_CHANNELS * ssms and state <= MOST_STATES
+    return fits and (not x.is_cuda or shared_bytes(x.device) >= SHARED_BYTES)
 
 
 def chunked_conv(x: Tensor, c: Tensor, z: Tensor, reverse: bool = False, skip: Tensor | None = None) -> Tensor:
