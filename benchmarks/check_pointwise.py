@@ -61,7 +61,7 @@ def cases(tokens: int, width: int, device: str = "cuda") -> Iterator[Case]:
     def norm(dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
         def run(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, ...]:
             low = h.dtype if h.dtype == torch.float64 else dtype
-            return add_layer_norm(h, x, weight, bias, 1e-5, low, backend)
+            return add_layer_norm(h, x, weight, bias, 1e-5, low, backend=backend)
 
         return run
 
@@ -70,11 +70,19 @@ def cases(tokens: int, width: int, device: str = "cuda") -> Iterator[Case]:
         size = dtype.itemsize * tokens
         gate = 3 * width
         a, b, dy = (draw(1, tokens, gate, dtype=dtype) for _ in range(3))
-        yield Case("gelu_product", dtype, gelu_product, [a, b], [dy], 3 * size * gate, 8 * size * gate)
+        yield Case(
+            "gelu_product",
+            dtype,
+            lambda a, b, backend: gelu_product(a, b, backend=backend),
+            [a, b],
+            [dy],
+            3 * size * gate,
+            8 * size * gate,
+        )
         x, dy = (draw(1, tokens, width, dtype=dtype) for _ in range(2))
         mask = torch.rand(1, tokens, 1, device=device) < 0.1
         yield Case(
-            "masked_gelu", dtype, lambda x, backend, mask=mask: masked_gelu(x, mask, backend), [x], [dy],
+            "masked_gelu", dtype, lambda x, backend, mask=mask: masked_gelu(x, mask, backend=backend), [x], [dy],
             2 * size * width, 5 * size * width,
         )  # fmt: skip
         h, x = draw(1, tokens, width), draw(1, tokens, width, dtype=dtype)
@@ -108,7 +116,7 @@ def call_us(case: Case, backend: str) -> float:
     small = case._replace(inputs=[v[:, :128] if v.dim() == 3 else v for v in case.inputs])
     if case.name == "masked_gelu":
         mask = torch.zeros(1, 128, 1, dtype=torch.bool, device="cuda")
-        small = small._replace(run=lambda x, backend: masked_gelu(x, mask, backend))
+        small = small._replace(run=lambda x, backend: masked_gelu(x, mask, backend=backend))
     best = float("inf")
     for _ in range(5):
         torch.cuda.synchronize()

@@ -146,9 +146,10 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         h, w = torch.randn(20, channels), torch.randn(channels)
         x = h.to(dtype)
         _, y, moments = norm.forward(h, x, w, w, 1e-5, dtype)
-        norm.backward(y, h, h, w, moments, None if dtype == h.dtype else dtype)
-        gelu.product_gradients(gelu.product(x, x), x, x)
-        gelu.masked_gradient(gelu.masked(x, w[:20, None] > 0), x, w[:20, None] > 0)
+        norm.backward(y, h, h, w, moments, None if dtype == h.dtype else dtype, True)
+        for sums in (False, True):
+            gelu.product_gradients(gelu.product(x, x, True), x, x, True, sums)
+            gelu.masked_gradient(gelu.masked(x, w[:20, None] > 0), x, w[:20, None] > 0, sums)
     return rows
 
 

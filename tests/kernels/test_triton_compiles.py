@@ -31,9 +31,11 @@ KERNELS = {
     "sums_kernel",
     "add_norm_kernel",
     "norm_backward_kernel",
-    "gelu_product_kernel",
-    "gelu_gradients_kernel",
+    "gate_kernel",
+    "gate_gradients_kernel",
+    "gate_sums_kernel",
     "masked_gelu_kernel",
+    "masked_gelu_sums_kernel",
 }
 
 

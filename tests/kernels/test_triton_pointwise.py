@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambagen.kernels.gelu import gelu_product, masked_gelu
+from mambagen.kernels.gelu import gelu_product, masked_gelu, product
 from mambagen.kernels.layer_norm import add_layer_norm
 from tests.kernels.helpers import relative_error
 
@@ -40,7 +40,7 @@ def results(run: Callable[..., Any], tensors: Sequence[Tensor], given: Sequence[
     leaves = [v.detach().requires_grad_() for v in tensors]
     outputs = run(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    gradients = torch.autograd.grad(outputs, leaves, [g.to(y) for g, y in zip(given, outputs, strict=True)])
+    gradients = torch.autograd.grad(outputs, leaves, [g.to(y) for g, y in zip(given, outputs, strict=False)])
     return [*(y.detach() for y in outputs), *gradients]
 
 
@@ -61,7 +61,7 @@ def assert_near(ours: Sequence[Tensor], exact: Sequence[Tensor], tolerance: floa
 @dtypes
 def test_a_product_of_two_gelus_is_its_formula_with_both_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     a, b, dy = (draw(*shape, seed=i, dtype=dtype) for i in (1, 2, 3))
-    ours = results(lambda a, b: gelu_product(a, b, "triton"), [a, b], [dy])
+    ours = results(lambda a, b: gelu_product(a, b, backend="triton"), [a, b], [dy])
     exact = results(lambda a, b: exact_gelu(a) * exact_gelu(b), [a.double(), b.double()], [dy])
     assert {v.dtype for v in ours} == {dtype}
     assert_near(ours, exact)
@@ -71,7 +71,7 @@ def test_a_product_of_two_gelus_is_its_formula_with_both_gradients(shape: tuple[
 @pytest.mark.parametrize("value", [-1e4, -30.0, -8.0, -1e-6, 0.0, 1e-6, 8.0, 30.0, 1e4])
 def test_gelus_ends_are_no_nan_and_no_difference_of_near_numbers(value: float) -> None:
     x, one = torch.full((40,), value, device=DEVICE), torch.full((40,), 2.0, device=DEVICE)
-    y, dx, _ = results(lambda a, b: gelu_product(a, b, "triton"), [x, one], [one])
+    y, dx, _ = results(lambda a, b: gelu_product(a, b, backend="triton"), [x, one], [one])
     exact = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     share = torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact**3))
     want = exact * share * exact_gelu(torch.tensor(2.0).double())
@@ -88,7 +88,7 @@ def test_a_masked_gelu_is_silent_where_the_mask_is_true(shape: tuple[int, ...], 
     mask = draw(*shape[:-1], 1, seed=5) > 0.5
     exact = results(lambda x: exact_gelu(x).masked_fill(mask, 0.0), [x.double()], [dy])
     spoilt = x.masked_fill(mask, float("nan"))
-    ours = results(lambda x: masked_gelu(x, mask, "triton"), [spoilt], [dy.masked_fill(mask, float("inf"))])
+    ours = results(lambda x: masked_gelu(x, mask, backend="triton"), [spoilt], [dy.masked_fill(mask, float("inf"))])
     assert {v.dtype for v in ours} == {dtype}
     assert_near(ours, exact)
 
@@ -117,7 +117,9 @@ def test_a_stream_and_its_norm_are_their_formulas_with_all_gradients(
 
         return forward
 
-    ours = results(run(lambda *v: add_layer_norm(*v, 1e-3, low, "triton")), tensors, given if add else given[1:])
+    ours = results(
+        run(lambda *v: add_layer_norm(*v, 1e-3, low, backend="triton")), tensors, given if add else given[1:]
+    )
     exact = results(run(exact_norm), [v.double() for v in tensors], given if add else given[1:])
     assert [v.dtype for v in ours] == [*([torch.float32] if add else []), low, *(v.dtype for v in tensors)]
     near = 2e-6 if shape[-1] > 1 else 1e-5  # one channel: all but the bias is zero but for rounding
@@ -128,13 +130,78 @@ def test_a_stream_and_its_norm_are_their_formulas_with_all_gradients(
             torch.testing.assert_close(a.double(), b, rtol=UNIT[low], atol=2e-5)
 
 
+def of_positions(v: Tensor) -> Tensor:
+    return v.flatten(0, -2).sum(0) if v.dim() > 1 else v
+
+
+def assert_sums(found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Sums of exact gradients, in float32; their terms may cancel."""
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        terms = b.abs().flatten(0, -2).sum(0) if b.dim() > 1 else b.abs()
+        assert ((a.double() - of_positions(b)).abs() <= 2e-6 * terms.max() + 1e-6).all()
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("op", ["gelu_product", "product", "masked_gelu", "gelu alone"])
+def test_biases_get_the_sums_of_gradients_that_are_otherwise_the_same(
+    shape: tuple[int, ...], dtype: torch.dtype, op: str
+) -> None:
+    a, b, dy = (draw(*shape, seed=i, dtype=dtype) for i in (1, 2, 3))
+    p, q = (draw(shape[-1], seed=i) for i in (4, 5))  # their values are part of a and b already
+    mask = None if op == "gelu alone" else draw(*shape[:-1], 1, seed=5) > 0.5
+    if op in ("masked_gelu", "gelu alone"):
+        ours = results(lambda x, p: masked_gelu(x, mask, p, backend="triton"), [a, p], [dy])
+        exact = results(
+            lambda x: exact_gelu(x).masked_fill(mask if mask is not None else x != x, 0), [a.double()], [dy]
+        )
+    else:
+        function = gelu_product if op == "gelu_product" else product
+        exactly = (lambda a, b: exact_gelu(a) * exact_gelu(b)) if op == "gelu_product" else torch.mul
+        ours = results(lambda *v: function(*v, backend="triton"), [a, b, p, q], [dy])
+        exact = results(exactly, [a.double(), b.double()], [dy])
+    plain = len(exact)
+    assert_near(ours[:plain], exact)
+    assert_sums(ours[plain:], exact[1:])
+
+
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_branchs_bias_gets_the_sum_of_its_gradient(low: torch.dtype) -> None:
+    tensors = [draw(3, 37, 20, seed=1), draw(3, 37, 20, seed=2, dtype=low), *(draw(20, seed=i) for i in (3, 4, 5))]
+    given = [draw(3, 37, 20, seed=6), draw(3, 37, 20, seed=7)]
+    ours = results(
+        lambda h, x, w, b, p: add_layer_norm(h, x, w, b, 1e-3, torch.float32, p, backend="triton"), tensors, given
+    )
+    exact = results(exact_norm, [v.double() for v in tensors[:4]], given)
+    assert_near(ours[:-1], exact)
+    assert_sums(ours[-1:], exact[3:4])
+    leaves = [v.clone().requires_grad_() for v in tensors]
+    total, _ = add_layer_norm(*leaves[:4], 1e-3, torch.float32, leaves[4], backend="triton")  # type: ignore[arg-type]
+    (sums,) = torch.autograd.grad(total, leaves[4], given[0])
+    assert_sums([sums], [given[0].double()])
+
+
+def test_torch_and_triton_give_biases_the_same() -> None:
+    a, b, w = draw(6, 20, seed=1), draw(6, 20, seed=2), draw(20, seed=3)
+    runs: list[Callable[..., Any]] = [
+        lambda a, b, w, backend: gelu_product(a, b, w, w, backend=backend),
+        lambda a, b, w, backend: product(a, b, w, w, backend=backend),
+        lambda a, b, w, backend: masked_gelu(a, b[:, :1] > 0, w, backend=backend) + b,
+        lambda a, b, w, backend: add_layer_norm(a, b, w.detach(), w.detach(), 1e-3, a.dtype, w, backend=backend),
+    ]
+    for run in runs:
+        exact = results(lambda *v, run=run: run(*v, "torch"), [v.double() for v in (a, b, w)], [a, b])
+        assert_near(results(lambda *v, run=run: run(*v, "triton"), [a, b, w], [a, b]), exact)
+
+
 @pytest.mark.parametrize("used", [0, 1], ids=["only the sum", "only the norm"])
 def test_a_part_that_nothing_uses_gives_no_gradient(used: int) -> None:
     shape = (5, 33)
     tensors = [draw(*shape, seed=1), draw(*shape, seed=2), draw(33, seed=3), draw(33, seed=4)]
     own = [0, 1] if used == 0 else [0, 1, 2, 3]
     found = []
-    for run in (lambda *v: add_layer_norm(*v, 1e-3, torch.float32, "triton"), exact_norm):
+    for run in (lambda *v: add_layer_norm(*v, 1e-3, torch.float32, backend="triton"), exact_norm):
         leaves = [v.to(torch.float64 if run is exact_norm else torch.float32).requires_grad_() for v in tensors]
         y = run(*leaves)[used]
         found.append(torch.autograd.grad(y, [leaves[i] for i in own], draw(*shape, seed=5).to(y)))
@@ -149,9 +216,9 @@ def test_any_strides_will_do_and_gradients_may_be_expanded() -> None:
     mask = draw(2, 15, 1, seed=3) > 0
     weight, bias = draw(24, seed=4), draw(48, seed=5)[::2]
     runs: list[Callable[[Tensor, Tensor], Tensor]] = [
-        lambda a, b: gelu_product(a, b, "triton"),
-        lambda a, b: masked_gelu(a, mask.expand(2, 15, 24)[..., 3:4], "triton") + b,
-        lambda a, b: sum(add_layer_norm(a, b, weight, bias, 1e-5, torch.float32, "triton")),  # type: ignore[arg-type,return-value]
+        lambda a, b: gelu_product(a, b, backend="triton"),
+        lambda a, b: masked_gelu(a, mask.expand(2, 15, 24)[..., 3:4], backend="triton") + b,
+        lambda a, b: sum(add_layer_norm(a, b, weight, bias, 1e-5, torch.float32, backend="triton")),  # type: ignore[arg-type,return-value]
     ]
     for run in runs:
         found = []
@@ -168,8 +235,8 @@ def test_without_elements_there_is_nothing_to_do(shape: tuple[int, ...]) -> None
     a, b = (draw(*shape).requires_grad_() for _ in range(2))
     weight, bias = (draw(shape[-1]).requires_grad_() for _ in range(2))
     mask = torch.zeros(*shape[:-1], 1, dtype=torch.bool, device=DEVICE)
-    total, y = add_layer_norm(a, b, weight, bias, 1e-5, torch.bfloat16, "triton")
-    for out in (gelu_product(a, b, "triton"), masked_gelu(a, mask, "triton"), total, y):
+    total, y = add_layer_norm(a, b, weight, bias, 1e-5, torch.bfloat16, backend="triton")
+    for out in (gelu_product(a, b, backend="triton"), masked_gelu(a, mask, backend="triton"), total, y):
         assert out.shape == shape
         out.sum().backward()
     assert weight.grad is not None
@@ -185,7 +252,7 @@ def test_the_same_numbers_every_time_whatever_the_number_of_programs(monkeypatch
     given = [draw(45, 24, seed=5), draw(45, 24, seed=6)]
 
     def run() -> list[Tensor]:
-        return results(lambda *v: add_layer_norm(*v, 1e-3, torch.float32, "triton"), tensors, given)
+        return results(lambda *v: add_layer_norm(*v, 1e-3, torch.float32, backend="triton"), tensors, given)
 
     first, again = run(), run()
     assert all(map(torch.equal, first, again))
@@ -197,11 +264,17 @@ def test_the_same_numbers_every_time_whatever_the_number_of_programs(monkeypatch
 
 
 def layer(h: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, backend: str) -> Tensor:
-    h, x = add_layer_norm(h, branch, weight, bias, 1e-5, torch.float32, backend)
+    h, x = add_layer_norm(h, branch, weight, bias, 1e-5, torch.float32, backend=backend)
     h, x = add_layer_norm(
-        h, gelu_product(x, masked_gelu(x, mask, backend), backend), weight, bias, 1e-5, x.dtype, backend
+        h,
+        gelu_product(x, masked_gelu(x, mask, backend=backend), backend=backend),
+        weight,
+        bias,
+        1e-5,
+        x.dtype,
+        backend=backend,
     )
-    return h + add_layer_norm(x, None, weight, bias, 1e-5, x.dtype, backend)[1]
+    return h + add_layer_norm(x, None, weight, bias, 1e-5, x.dtype, backend=backend)[1]
 
 
 def layer_inputs() -> list[Tensor]:
@@ -227,34 +300,36 @@ def test_the_registered_triton_ops_pass_opcheck() -> None:
     h, branch, weight, bias = (v.requires_grad_() for v in layer_inputs())
     mask = draw(2, 7, 1, seed=8) > 0
     ops = torch.ops.mambagen
-    torch.library.opcheck(ops.gelu_product.default, (h, branch))
-    torch.library.opcheck(ops.masked_gelu.default, (h, mask))
+    torch.library.opcheck(ops.gelu_product.default, (h, branch, weight, bias, True))
+    torch.library.opcheck(ops.masked_gelu.default, (h, mask, bias))
     moments = torch.stack([h.detach().mean(-1).flatten(), h.detach().var(-1).flatten() ** -0.5])
     for other in (branch, None):
-        torch.library.opcheck(ops.add_layer_norm.default, (h, other, weight, bias, 1e-5, torch.float32))
+        torch.library.opcheck(
+            ops.add_layer_norm.default, (h, other, weight, bias, None if other is None else bias, 1e-5, torch.float32)
+        )
     for given, low in ((branch.detach(), torch.bfloat16), (None, None)):
-        inputs = (branch.detach(), given, h.detach(), weight.detach(), moments, low)
+        inputs = (branch.detach(), given, h.detach(), weight.detach(), moments, low, low is not None)
         torch.library.opcheck(ops.add_layer_norm_backward.default, inputs)
 
 
 def test_what_triton_cannot_do_is_said() -> None:
     x, w = draw(2, 3, dtype=torch.float64), draw(3)
     with pytest.raises(ValueError, match="float64"):
-        gelu_product(x, x, "triton")
+        gelu_product(x, x, backend="triton")
     with pytest.raises(ValueError, match="adds in float32"):
-        add_layer_norm(x.bfloat16(), None, w, w, 1e-5, torch.float32, "triton")
+        add_layer_norm(x.bfloat16(), None, w, w, 1e-5, torch.float32, backend="triton")
     with pytest.raises(ValueError, match="at most 8192"):
-        add_layer_norm(draw(1, 8193), None, draw(8193), draw(8193), 1e-5, torch.float32, "triton")
+        add_layer_norm(draw(1, 8193), None, draw(8193), draw(8193), 1e-5, torch.float32, backend="triton")
     with pytest.raises(ValueError, match="but b is"):
         gelu_product(x, x.float())
     with pytest.raises(ValueError, match="does not fit x"):
         masked_gelu(x, torch.zeros(2, 3, dtype=torch.bool, device=DEVICE))
     with pytest.raises(ValueError, match=r"branch .* does not fit h"):
         add_layer_norm(x, x[:1], w, w, 1e-5, torch.float32)
-    with pytest.raises(ValueError, match="do not fit h"):
+    with pytest.raises(ValueError, match=r"\(2,\) do not fit"):
         add_layer_norm(x, x, w, w[:2], 1e-5, torch.float32)
     with pytest.raises(ValueError, match="backend is 'numba'"):
-        gelu_product(x, x, "numba")
+        gelu_product(x, x, backend="numba")
 
 
 def test_auto_is_triton_on_a_gpu_alone_and_float64_has_second_derivatives() -> None:

@@ -1,21 +1,26 @@
-"""GELU and its neighbours in Triton: blocks of a contiguous tensor, bound by memory.
+"""GELU and its neighbours in Triton, bound by memory.
 
 With 1 + tanh(u) = 2 / (1 + exp(-2 u)), gelu(x) = x s with s = 1 / (1 + exp(-2 u)): an exponential and a reciprocal, and
 no difference of near numbers where x is far below zero. Its slope is s + x s (1 - s) 2 u'.
 
-The sizes are specialised (divisible by 16 or not), so that masks do not keep loads and stores from being vectors.
+Forward and without sums a program has a block of a contiguous tensor. The size is specialised (divisible by 16 or not),
+so that masks do not keep loads and stores from being vectors. With sums over positions it has some columns and many
+rows: it adds element by element, then over the rows of its tile, and the programs' sums are added in fixed order.
 """
 
 # mypy: ignore-errors
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor, empty_like
 
-from mambagen.kernels.launching import on_device_of
+from mambagen.kernels.launching import on_device_of, processors
 from mambagen.kernels.triton_rows import divided
 
 BLOCK, WARPS = 2048, 4  # elements of a program
+TILE, WIDEST = 2048, 128  # elements of a tile and columns of it, where sums are taken
+PROGRAMS = 8  # a multiprocessor, for the sums
 
 TWICE = 1.5957691216057308  # 2 sqrt(2 / pi): 2 u = TWICE (x + 0.044715 x^3)
 LOG2E = 1.4426950408889634
@@ -23,44 +28,71 @@ LINEAR, CUBIC = tl.constexpr(-TWICE * LOG2E), tl.constexpr(-TWICE * LOG2E * 0.04
 SLOPE, BEND = tl.constexpr(TWICE), tl.constexpr(TWICE * 3 * 0.044715)  # of 2 u'
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, activate: bool) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
-    y = empty_like(a)
-    size = a.numel()
+    y, size = empty_like(a), a.numel()
     if size:
         with on_device_of(a):
-            gelu_product_kernel[(triton.cdiv(size, BLOCK),)](a, b, y, size, BLOCK, num_warps=WARPS)
+            gate_kernel[(triton.cdiv(size, BLOCK),)](a, b, y, size, activate, BLOCK, num_warps=WARPS)
     return y
 
 
-def product_gradients(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def product_gradients(dy: Tensor, a: Tensor, b: Tensor, activate: bool, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """da, db, and their sums (2, channels) float32 (empty where they are not asked for)."""
     dy, a, b = dy.contiguous(), a.contiguous(), b.contiguous()
-    da, db = empty_like(a), empty_like(b)
-    size = a.numel()
+    da, db, size = empty_like(a), empty_like(b), a.numel()
+    if sums:
+        return da, db, _sums(gate_sums_kernel, (dy, a, b, da, db), 2, activate)
     if size:
         with on_device_of(a):
-            gelu_gradients_kernel[(triton.cdiv(size, BLOCK),)](dy, a, b, da, db, size, BLOCK, num_warps=WARPS)
-    return da, db
+            gate_gradients_kernel[(triton.cdiv(size, BLOCK),)](dy, a, b, da, db, size, activate, BLOCK, num_warps=WARPS)
+    return da, db, a.new_empty(0, dtype=torch.float32)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    return _masked(x, x, mask, backward=False)
-
-
-def masked_gradient(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    return _masked(dy, x, mask, backward=True)
-
-
-def _masked(dy: Tensor, x: Tensor, mask: Tensor, backward: bool) -> Tensor:
-    dy, x, mask = dy.contiguous(), x.contiguous(), mask.contiguous()
-    out = empty_like(x)
-    size = x.numel()
+    x, mask = x.contiguous(), mask.contiguous()
+    y, size = empty_like(x), x.numel()
     if size:
         with on_device_of(x):
             masked_gelu_kernel[(triton.cdiv(size, BLOCK),)](
-                dy, x, mask, out, size, x.shape[-1], backward, BLOCK, num_warps=WARPS
+                x, x, mask, y, size, x.shape[-1], False, BLOCK, num_warps=WARPS
             )
-    return out
+    return y
+
+
+def masked_gradient(dy: Tensor, x: Tensor, mask: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
+    """dx, and its sum (channels,) float32 (empty where it is not asked for)."""
+    dy, x = dy.contiguous(), x.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    dx, size = empty_like(x), x.numel()
+    if sums:
+        return dx, _sums(masked_gelu_sums_kernel, (dy, x, x if mask is None else mask, dx), 1, mask is not None)[0]
+    if size:
+        with on_device_of(x):
+            masked_gelu_kernel[(triton.cdiv(size, BLOCK),)](
+                dy, x, mask, dx, size, x.shape[-1], True, BLOCK, num_warps=WARPS
+            )
+    return dx, x.new_empty(0, dtype=torch.float32)
+
+
+def _sums(kernel, tensors: tuple[Tensor, ...], count: int, option: bool) -> Tensor:
+    """Run a kernel over all columns and rows: `count` sums, (count, channels) float32."""
+    last = tensors[-1]
+    d = last.shape[-1]
+    rows = last.numel() // max(d, 1)
+    wide = min(triton.next_power_of_2(d), WIDEST)
+    if wide == WIDEST and triton.cdiv(d, wide) * wide > 1.125 * d:
+        wide //= 2  # rather than that many idle columns
+    tile = max(1, TILE // wide)
+    blocks, tiles = triton.cdiv(d, wide), triton.cdiv(rows, tile)
+    programs = min(tiles, triton.cdiv(PROGRAMS * processors(last.device), max(blocks, 1)))
+    partial = torch.empty(programs, count, d, dtype=torch.float32, device=last.device)
+    if last.numel():
+        with on_device_of(last):
+            kernel[(blocks, programs)](
+                *tensors, partial, rows, triton.cdiv(tiles, programs), option, d, tile, wide, num_warps=WARPS
+            )
+    return partial.sum(0)
 
 
 @triton.jit
@@ -76,24 +108,65 @@ def slope(x, s):
 
 
 @triton.jit
-def gelu_product_kernel(a, b, y, size, BLOCK: tl.constexpr):
+def gate_gradients(g, u, v, GELU: tl.constexpr):
+    """The gradients of u and v, g being that of their product."""
+    if GELU:
+        s, t = share(u), share(v)
+        du = g * (v * t) * slope(u, s)
+        dv = g * (u * s) * slope(v, t)
+    else:
+        du = g * v
+        dv = g * u
+    return du, dv
+
+
+@triton.jit
+def gate_kernel(a, b, y, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     u = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (u * share(u) * (v * share(v))).to(y.dtype.element_ty), mask=inside)
+    if GELU:
+        u *= share(u)
+        v *= share(v)
+    tl.store(y + at, (u * v).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gelu_gradients_kernel(dy, a, b, da, db, size, BLOCK: tl.constexpr):
+def gate_gradients_kernel(dy, a, b, da, db, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
-    s, t = share(u), share(v)
-    tl.store(da + at, (g * (v * t) * slope(u, s)).to(da.dtype.element_ty), mask=inside)
-    tl.store(db + at, (g * (u * s) * slope(v, t)).to(db.dtype.element_ty), mask=inside)
+    du, dv = gate_gradients(g, u, v, GELU)
+    tl.store(da + at, du.to(da.dtype.element_ty), mask=inside)
+    tl.store(db + at, dv.to(db.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def gate_sums_kernel(
+    dy, a, b, da, db, partial, rows, each,
+    GELU: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.zeros([TILE, COLUMNS], tl.float32)
+    second = tl.zeros([TILE, COLUMNS], tl.float32)
+    for k in range(each):
+        row = (k * tl.num_programs(1) + tl.program_id(1)) * TILE + tl.arange(0, TILE)
+        inside = (row[:, None] < rows) & (column[None, :] < D)
+        at = row.to(tl.int64)[:, None] * D + column[None, :]
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
+        du, dv = gate_gradients(g, u, v, GELU)
+        tl.store(da + at, du.to(da.dtype.element_ty), mask=inside)
+        tl.store(db + at, dv.to(db.dtype.element_ty), mask=inside)
+        first += du
+        second += dv
+    to = partial + tl.program_id(1) * 2 * D + column
+    tl.store(to, tl.sum(first, 0), mask=column < D)
+    tl.store(to + D, tl.sum(second, 0), mask=column < D)
 
 
 @triton.jit
@@ -111,3 +184,24 @@ def masked_gelu_kernel(dy, x, mask, out, size, CHANNELS: tl.constexpr, BACKWARD:
     else:
         value = v * s
     tl.store(out + at, tl.where(silent, 0.0, value).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def masked_gelu_sums_kernel(
+    dy, x, mask, dx, partial, rows, each,
+    MASKED: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([TILE, COLUMNS], tl.float32)
+    for k in range(each):
+        row = (k * tl.num_programs(1) + tl.program_id(1)) * TILE + tl.arange(0, TILE)
+        inside = (row[:, None] < rows) & (column[None, :] < D)
+        at = row.to(tl.int64)[:, None] * D + column[None, :]
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * slope(v, share(v))
+        if MASKED:
+            silent = tl.load(mask + row, mask=row < rows, other=0) != 0
+            value = tl.where(silent[:, None], 0.0, value)
+        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
+        sums += value
+    tl.store(partial + tl.program_id(1) * D + column, tl.sum(sums, 0), mask=column < D)

@@ -26,6 +26,7 @@ def add_layer_norm(
     bias: Tensor,
     epsilon: float,
     dtype: torch.dtype,
+    branch_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Add to a residual stream and normalise the sum.
@@ -36,6 +37,8 @@ def add_layer_norm(
         weight, bias: (channels,).
         epsilon: is added to the variance.
         dtype: of y.
+        branch_bias: (channels,), already part of the branch: it gets the sum of the branch's gradient, which then has
+            not to be read once more (see `mambagen.kernels.gelu`).
         backend: "torch" (any device), "triton" (a GPU, h float32), or "auto": Triton where that can run.
 
     Returns:
@@ -46,16 +49,19 @@ def add_layer_norm(
     """
     if branch is not None and branch.shape != h.shape:
         raise ValueError(f"add_layer_norm: branch {tuple(branch.shape)} does not fit h {tuple(h.shape)}")
-    if not (h.dim() and weight.shape == bias.shape == h.shape[-1:]):
-        raise ValueError(
-            f"add_layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit h {tuple(h.shape)}"
-        )
+    given = (weight, bias, *(() if branch_bias is None else (branch_bias,)))
+    if not h.dim() or any(v.shape != h.shape[-1:] for v in given):
+        raise ValueError(f"add_layer_norm: {', '.join(str(tuple(v.shape)) for v in given)} do not fit {tuple(h.shape)}")
+    if branch is None and branch_bias is not None:
+        raise ValueError("add_layer_norm: a bias of a branch that was not given")
     if triton_or_torch("layer_norm", backend, h) == "torch":
+        if branch is not None and branch_bias is not None:
+            branch = branch + (branch_bias - branch_bias.detach()).to(branch.dtype)
         total = h if branch is None else h + branch
         y = F.layer_norm(total, weight.shape, weight.to(h.dtype), bias.to(h.dtype), epsilon)
         return total, y.to(dtype)
-    run = _direct if is_plain_eager(h, branch, weight, bias) else _forward
-    total, y, _ = run(h, branch, weight, bias, epsilon, dtype)
+    run = _direct if is_plain_eager(h, branch, weight, bias, branch_bias) else _forward
+    total, y, _ = run(h, branch, weight, bias, branch_bias, epsilon, dtype)
     return (h if branch is None else total), y
 
 
@@ -64,7 +70,13 @@ def _triton() -> ModuleType:
 
 
 def _forward_now(
-    h: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype
+    h: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    epsilon: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum (empty without a branch), y, and mean and 1 / deviation (2, rows)."""
     total, y, moments = _triton().forward(h, branch, weight, bias, epsilon, dtype)
@@ -72,10 +84,19 @@ def _forward_now(
 
 
 def _backward_now(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, moments: Tensor, low: torch.dtype | None
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    low: torch.dtype | None,
+    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, the same in dtype `low` (empty where that is None), and dweight and dbias (2, channels) float32."""
-    dh, dbranch, parameters = _triton().backward(dy, dtotal, total, weight, moments, low)
+    """dh, the same in dtype `low` (empty where that is None), and dweight, dbias and with `sums` dbranch_bias.
+
+    The latter are (2 or 3, channels) float32.
+    """
+    dh, dbranch, parameters = _triton().backward(dy, dtotal, total, weight, moments, low, sums)
     return dh, dbranch, parameters
 
 
@@ -85,7 +106,13 @@ _backward = torch.library.custom_op("mambagen::add_layer_norm_backward", _backwa
 
 @_forward.register_fake
 def _(
-    h: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype
+    h: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    epsilon: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = h.new_empty(0 if branch is None else h.shape)
     return total, h.new_empty(h.shape, dtype=dtype), h.new_empty(2, h.numel() // h.shape[-1])
@@ -93,18 +120,25 @@ def _(
 
 @_backward.register_fake
 def _(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, moments: Tensor, low: torch.dtype | None
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    low: torch.dtype | None,
+    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dbranch = total.new_empty(0) if low is None else total.new_empty(total.shape, dtype=low)
-    return total.new_empty(total.shape), dbranch, total.new_empty(2, total.shape[-1])
+    return total.new_empty(total.shape), dbranch, total.new_empty(3 if sums else 2, total.shape[-1])
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    h, branch, weight, bias, _, _ = inputs
+    h, branch, *parameters, _, _ = inputs
     total, _, moments = output
     ctx.set_materialize_grads(False)
-    ctx.branch, ctx.dtypes = None if branch is None else branch.dtype, (weight.dtype, bias.dtype)
-    ctx.save_for_backward(h if branch is None else total, weight, moments)
+    ctx.branch = None if branch is None else branch.dtype
+    ctx.dtypes = [None if v is None else v.dtype for v in parameters]
+    ctx.save_for_backward(h if branch is None else total, parameters[0], moments)
 
 
 def _gradients(ctx, dtotal, dy, _, *, backward=_backward):  # type: ignore[no-untyped-def]
@@ -112,11 +146,14 @@ def _gradients(ctx, dtotal, dy, _, *, backward=_backward):  # type: ignore[no-un
     if ctx.branch is None:
         dtotal = None  # of an empty tensor
     if dy is None:  # nothing but the sum was used
-        return dtotal, None if dtotal is None else dtotal.to(ctx.branch), None, None, None, None
+        dbranch = None if dtotal is None else dtotal.to(ctx.branch)
+        sums = None if dtotal is None or ctx.dtypes[2] is None else dtotal.flatten(0, -2).sum(0).to(ctx.dtypes[2])
+        return dtotal, dbranch, None, None, sums, None, None
     low = None if ctx.branch == total.dtype else ctx.branch
-    dh, dbranch, parameters = backward(dy, dtotal, total, weight, moments, low)
-    dweight, dbias = (v.to(dtype) for v, dtype in zip(parameters, ctx.dtypes, strict=True))
-    return dh, None if ctx.branch is None else dh if low is None else dbranch, dweight, dbias, None, None
+    dh, dbranch, parameters = backward(dy, dtotal, total, weight, moments, low, ctx.dtypes[2] is not None)
+    own = [v.to(dtype) for v, dtype in zip(parameters, ctx.dtypes, strict=False)]
+    dweight, dbias, sums = own if len(own) == 3 else (*own, None)
+    return dh, None if ctx.branch is None else dh if low is None else dbranch, dweight, dbias, sums, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

@@ -2,7 +2,7 @@
 
 Backward, with n the normalised row, g = dy * weight and r = 1 / deviation:
 
-    dh = dtotal + r (g - mean(g) - n mean(g n)),  dweight = sum dy n,  dbias = sum dy
+    dh = dtotal + r (g - mean(g) - n mean(g n)),  dweight = sum dy n,  dbias = sum dy,  dbranch_bias = sum dh
 
 The sums over rows are taken element by element by each program, then over its rows, then over programs, in fixed order.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mambagen.kernels.launching import on_device_of, processors
 
-FORWARD, BACKWARD = (2048, 16), (2048, 16)  # elements (rows x columns) of a tile, and of a thread
-PROGRAMS = 8  # a multiprocessor, for the sums over rows
+FORWARD, BACKWARD = (2048, 16), (1024, 8)  # elements (rows x columns) of a tile, and of a thread
+PROGRAMS = 12  # a multiprocessor, for the sums over rows
 WIDEST = 8192  # channels
 
 
@@ -53,9 +53,18 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, moments: Tensor, low: torch.dtype | None
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    moments: Tensor,
+    low: torch.dtype | None,
+    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, the same in dtype `low` (empty where that is None), and dweight and dbias (2, channels) float32."""
+    """dh, the same in dtype `low` (empty where that is None), and dweight, dbias and, with `sums`, dh's sum.
+
+    The latter are (2 or 3, channels) float32.
+    """
     dy, total = dy.contiguous(), total.contiguous()
     d = total.shape[-1]
     rows = total.numel() // d
@@ -64,11 +73,11 @@ def backward(
     columns, tile, warps = _tile(d, *BACKWARD)
     tiles = triton.cdiv(rows, tile)
     programs = min(tiles, PROGRAMS * processors(total.device))
-    partial = torch.empty(programs, 2, d, dtype=torch.float32, device=total.device)
+    partial = torch.empty(programs, 3 if sums else 2, d, dtype=torch.float32, device=total.device)
     with on_device_of(total):
         norm_backward_kernel[(programs,)](
             dy, total if dtotal is None else dtotal.contiguous(), total, weight, moments, dh, dbranch, partial,
-            rows, triton.cdiv(tiles, programs), dtotal is not None, low is not None, d, tile, columns,
+            rows, triton.cdiv(tiles, programs), dtotal is not None, low is not None, sums, d, tile, columns,
             num_warps=warps,
         )  # fmt: skip
     return dh, dbranch, partial.sum(0)
@@ -107,12 +116,14 @@ def add_norm_kernel(
 @triton.jit(do_not_specialize=["rows", "each"])
 def norm_backward_kernel(
     dy, dtotal, total, weight, moments, dh, dbranch, partial, rows, each,
-    RESIDUAL: tl.constexpr, LOW: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    RESIDUAL: tl.constexpr, LOW: tl.constexpr, SUMS: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     dw = tl.zeros([TILE, COLUMNS], tl.float32)
     db = tl.zeros([TILE, COLUMNS], tl.float32)
+    dx = tl.zeros([TILE, COLUMNS], tl.float32)
     for k in range(each):
         row = (k * tl.num_programs(0) + tl.program_id(0)) * TILE + tl.arange(0, TILE)
         inside = (row[:, None] < rows) & (column[None, :] < D)
@@ -129,8 +140,12 @@ def norm_backward_kernel(
         if RESIDUAL:
             out += tl.load(dtotal + at, mask=inside, other=0.0)
         tl.store(dh + at, out, mask=inside)
+        if SUMS:
+            dx += out
         if LOW:
             tl.store(dbranch + at, out.to(dbranch.dtype.element_ty), mask=inside)
-    to = partial + tl.program_id(0) * 2 * D + column
+    to = partial + tl.program_id(0) * (3 if SUMS else 2) * D + column
     tl.store(to, tl.sum(dw, 0), mask=column < D)
     tl.store(to + D, tl.sum(db, 0), mask=column < D)
+    if SUMS:
+        tl.store(to + 2 * D, tl.sum(dx, 0), mask=column < D)
