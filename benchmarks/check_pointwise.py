@@ -82,7 +82,7 @@ def cases(tokens: int, width: int, device: str = "cuda") -> Iterator[Case]:
         x, dy = (draw(1, tokens, width, dtype=dtype) for _ in range(2))
         mask = torch.rand(1, tokens, 1, device=device) < 0.1
         yield Case(
-            "masked_gelu", dtype, lambda x, backend, mask=mask: masked_gelu(x, mask, backend=backend), [x], [dy],
+            "masked_gelu", dtype, lambda x, backend, mask=mask: masked_gelu(x, mask=mask, backend=backend), [x], [dy],
             2 * size * width, 5 * size * width,
         )  # fmt: skip
         h, x = draw(1, tokens, width), draw(1, tokens, width, dtype=dtype)
@@ -116,7 +116,7 @@ def call_us(case: Case, backend: str) -> float:
     small = case._replace(inputs=[v[:, :128] if v.dim() == 3 else v for v in case.inputs])
     if case.name == "masked_gelu":
         mask = torch.zeros(1, 128, 1, dtype=torch.bool, device="cuda")
-        small = small._replace(run=lambda x, backend: masked_gelu(x, mask, backend=backend))
+        small = small._replace(run=lambda x, backend: masked_gelu(x, mask=mask, backend=backend))
     best = float("inf")
     for _ in range(5):
         torch.cuda.synchronize()

@@ -17,13 +17,15 @@ both are one pass over memory: so a layer takes the stream H with X beside it, a
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from mambagen.kernels.gelu import gelu, gelu_product, masked_gelu
+from mambagen.kernels.gelu import gelu_product, masked_gelu, product
 from mambagen.kernels.layer_norm import add_layer_norm
 from mambagen.models.config import Count, Positive
 from mambagen.models.optimiser_groups import parameter_groups
@@ -102,15 +104,30 @@ class AddNorm(nn.LayerNorm):
         super().__init__(d_model, epsilon)
         self.wide = wide
 
-    def forward(self, h: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """h (batch, length, d_model) float32, branch like h in any dtype -> h + branch, and its norm."""
+    def forward(  # type: ignore[override]
+        self, h: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h (batch, length, d_model) float32, branch like h in any dtype -> h + branch, and its norm.
+
+        `branch_bias` is what the branch's `Projection` gave beside it.
+        """
         if self.wide:
             dtype = h.dtype
         elif torch.is_autocast_enabled(h.device.type):
             dtype = torch.get_autocast_dtype(h.device.type)
         else:
             dtype = self.weight.dtype
-        return add_layer_norm(h, branch, self.weight, self.bias, self.eps, dtype)
+        return add_layer_norm(h, branch, self.weight, self.bias, self.eps, dtype, branch_bias)
+
+
+class Projection(nn.Linear):
+    """W x + bias for a pass that can sum the bias's gradient itself, which saves one that reads all of it again."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """W x + bias, and the bias where what comes next has to give it its gradient (on a GPU, in training)."""
+        if not _sums_later(x):
+            return super().forward(x), None
+        return F.linear(x, self.weight, self.bias.detach()), self.bias
 
 
 class GatedLayer(nn.Module):
@@ -120,15 +137,15 @@ class GatedLayer(nn.Module):
         super().__init__()
         d, f = config.d_model, config.feed_forward
         self.norm = AddNorm(d, config.norm_epsilon)
-        self.v_proj = nn.Linear(d, f)
-        self.f_proj = nn.Linear(d, d)
-        self.b_proj = nn.Linear(d, d)
+        self.v_proj = Projection(d, f)
+        self.f_proj = Projection(d, d)
+        self.b_proj = Projection(d, d)
         self.forwards = S4D(config.ssm)
         self.backwards = S4D(config.ssm)
-        self.uf_proj = nn.Linear(d, d)
-        self.ub_proj = nn.Linear(d, d)
-        self.u_proj = nn.Linear(d, f)
-        self.o_proj = nn.Linear(f, d)
+        self.uf_proj = Projection(d, d)
+        self.ub_proj = Projection(d, d)
+        self.u_proj = Projection(d, f)
+        self.o_proj = Projection(f, d)
 
     def forward(self, h: Tensor, x: Tensor, padding: Tensor | None, after: AddNorm) -> tuple[Tensor, Tensor]:
         """Add the layer to the residual stream and normalise it for what comes next.
@@ -142,10 +159,12 @@ class GatedLayer(nn.Module):
         Returns:
             h with what the layer adds, and the norm of that by `after`.
         """
-        forwards, _ = self.forwards(masked_gelu(self.f_proj(x), padding))
-        backwards, _ = self.backwards(masked_gelu(self.b_proj(x), padding), reverse=True)
-        both = self.uf_proj(forwards) * self.ub_proj(backwards)
-        summed: tuple[Tensor, Tensor] = after(h, self.o_proj(gelu_product(self.u_proj(both), self.v_proj(x))))
+        forwards, _ = self.forwards(_entering(self.f_proj(x), padding))
+        backwards, _ = self.backwards(_entering(self.b_proj(x), padding), reverse=True)
+        both = _gated(product, self.uf_proj(forwards), self.ub_proj(backwards))
+        del forwards, backwards  # before what is wider than they are
+        branch = self.o_proj(_gated(gelu_product, self.u_proj(both), self.v_proj(x)))
+        summed: tuple[Tensor, Tensor] = after(h, *branch)
         return summed
 
 
@@ -159,15 +178,16 @@ class StackLayer(nn.Module):
         self.forwards = S4DMixer(config.ssm)
         self.backwards = S4DMixer(config.ssm)
         self.norm_ff = AddNorm(d, config.norm_epsilon)
-        self.up_proj = nn.Linear(d, f)
-        self.down_proj = nn.Linear(f, d)
+        self.up_proj = Projection(d, f)
+        self.down_proj = Projection(f, d)
 
     def forward(self, h: Tensor, x: Tensor, padding: Tensor | None, after: AddNorm) -> tuple[Tensor, Tensor]:
         """See `GatedLayer.forward`."""
         x, _ = self.forwards(_silence(x, padding))
         x, _ = self.backwards(_silence(x, padding), reverse=True)
         h, x = self.norm_ff(h, x)
-        summed: tuple[Tensor, Tensor] = after(h, self.down_proj(gelu(self.up_proj(x))))
+        branch = self.down_proj(masked_gelu(*self.up_proj(x)))
+        summed: tuple[Tensor, Tensor] = after(h, *branch)
         return summed
 
 
@@ -230,6 +250,20 @@ class BigsEncoder(nn.Module):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser; see `mambagen.models.optimiser_groups`."""
         return parameter_groups(self, weight_decay)
+
+
+def _entering(projected: tuple[Tensor, Tensor | None], padding: Tensor | None) -> Tensor:
+    """What enters a system: a projection's gelu, zero at padded positions."""
+    return masked_gelu(*projected, padding)
+
+
+def _gated(gate: Callable[..., Tensor], a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> Tensor:
+    """The product, of either kind, of what two projections gave."""
+    return gate(a[0], b[0], a[1], b[1])
+
+
+def _sums_later(x: Tensor) -> bool:
+    return x.is_cuda and torch.is_grad_enabled()
 
 
 def _silence(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -88,7 +88,9 @@ def test_a_masked_gelu_is_silent_where_the_mask_is_true(shape: tuple[int, ...], 
     mask = draw(*shape[:-1], 1, seed=5) > 0.5
     exact = results(lambda x: exact_gelu(x).masked_fill(mask, 0.0), [x.double()], [dy])
     spoilt = x.masked_fill(mask, float("nan"))
-    ours = results(lambda x: masked_gelu(x, mask, backend="triton"), [spoilt], [dy.masked_fill(mask, float("inf"))])
+    ours = results(
+        lambda x: masked_gelu(x, mask=mask, backend="triton"), [spoilt], [dy.masked_fill(mask, float("inf"))]
+    )
     assert {v.dtype for v in ours} == {dtype}
     assert_near(ours, exact)
 
@@ -152,7 +154,7 @@ def test_biases_get_the_sums_of_gradients_that_are_otherwise_the_same(
     p, q = (draw(shape[-1], seed=i) for i in (4, 5))  # their values are part of a and b already
     mask = None if op == "gelu alone" else draw(*shape[:-1], 1, seed=5) > 0.5
     if op in ("masked_gelu", "gelu alone"):
-        ours = results(lambda x, p: masked_gelu(x, mask, p, backend="triton"), [a, p], [dy])
+        ours = results(lambda x, p: masked_gelu(x, p, mask, backend="triton"), [a, p], [dy])
         exact = results(
             lambda x: exact_gelu(x).masked_fill(mask if mask is not None else x != x, 0), [a.double()], [dy]
         )
@@ -187,7 +189,7 @@ def test_torch_and_triton_give_biases_the_same() -> None:
     runs: list[Callable[..., Any]] = [
         lambda a, b, w, backend: gelu_product(a, b, w, w, backend=backend),
         lambda a, b, w, backend: product(a, b, w, w, backend=backend),
-        lambda a, b, w, backend: masked_gelu(a, b[:, :1] > 0, w, backend=backend) + b,
+        lambda a, b, w, backend: masked_gelu(a, w, b[:, :1] > 0, backend=backend) + b,
         lambda a, b, w, backend: add_layer_norm(a, b, w.detach(), w.detach(), 1e-3, a.dtype, w, backend=backend),
     ]
     for run in runs:
@@ -217,7 +219,7 @@ def test_any_strides_will_do_and_gradients_may_be_expanded() -> None:
     weight, bias = draw(24, seed=4), draw(48, seed=5)[::2]
     runs: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda a, b: gelu_product(a, b, backend="triton"),
-        lambda a, b: masked_gelu(a, mask.expand(2, 15, 24)[..., 3:4], backend="triton") + b,
+        lambda a, b: masked_gelu(a, mask=mask.expand(2, 15, 24)[..., 3:4], backend="triton") + b,
         lambda a, b: sum(add_layer_norm(a, b, weight, bias, 1e-5, torch.float32, backend="triton")),  # type: ignore[arg-type,return-value]
     ]
     for run in runs:
@@ -236,7 +238,7 @@ def test_without_elements_there_is_nothing_to_do(shape: tuple[int, ...]) -> None
     weight, bias = (draw(shape[-1]).requires_grad_() for _ in range(2))
     mask = torch.zeros(*shape[:-1], 1, dtype=torch.bool, device=DEVICE)
     total, y = add_layer_norm(a, b, weight, bias, 1e-5, torch.bfloat16, backend="triton")
-    for out in (gelu_product(a, b, backend="triton"), masked_gelu(a, mask, backend="triton"), total, y):
+    for out in (gelu_product(a, b, backend="triton"), masked_gelu(a, mask=mask, backend="triton"), total, y):
         assert out.shape == shape
         out.sum().backward()
     assert weight.grad is not None
@@ -267,7 +269,7 @@ def layer(h: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, mask: Tensor,
     h, x = add_layer_norm(h, branch, weight, bias, 1e-5, torch.float32, backend=backend)
     h, x = add_layer_norm(
         h,
-        gelu_product(x, masked_gelu(x, mask, backend=backend), backend=backend),
+        gelu_product(x, masked_gelu(x, mask=mask, backend=backend), backend=backend),
         weight,
         bias,
         1e-5,
@@ -323,7 +325,7 @@ def test_what_triton_cannot_do_is_said() -> None:
     with pytest.raises(ValueError, match="but b is"):
         gelu_product(x, x.float())
     with pytest.raises(ValueError, match="does not fit x"):
-        masked_gelu(x, torch.zeros(2, 3, dtype=torch.bool, device=DEVICE))
+        masked_gelu(x, mask=torch.zeros(2, 3, dtype=torch.bool, device=DEVICE))
     with pytest.raises(ValueError, match=r"branch .* does not fit h"):
         add_layer_norm(x, x[:1], w, w, 1e-5, torch.float32)
     with pytest.raises(ValueError, match=r"\(2,\) do not fit"):

@@ -170,6 +170,7 @@ def test_the_fused_passes_in_triton_change_nothing_but_roundings(architecture, l
     mask[0, :3] = mask[1, 7:] = False
     found = []
     for backend in ("torch", "triton"):
+        monkeypatch.setattr("mambagen.models.bigs._sums_later", lambda x, fused=backend == "triton": fused)
         for op in ("gelu", "layer_norm"):
             monkeypatch.setattr(f"mambagen.kernels.{op}.triton_or_torch", lambda *_, chosen=backend: chosen)
         model.zero_grad()
@@ -181,7 +182,7 @@ def test_the_fused_passes_in_triton_change_nothing_but_roundings(architecture, l
         if low:  # gradients of single numbers are sums that cancel: all of them together
             found[-1][1:] = [torch.cat([g.flatten() for g in found[-1][1:]])]
     for plain, fused in zip(*found, strict=True):
-        assert (fused - plain).norm() <= (0.03 if low else 1e-5) * plain.norm()
+        assert (fused - plain).norm() <= (0.03 if low else 1e-4) * plain.norm()
 
 
 def test_it_learns_a_rule_that_needs_both_sides():

@@ -53,13 +53,13 @@ def product(
     return _either("product", a, b, a_bias, b_bias, False, backend)
 
 
-def masked_gelu(x: Tensor, mask: Tensor | None, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+def masked_gelu(x: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
     """gelu(x), with zeros where the mask is true, whatever x holds there, NaN included.
 
     Args:
         x: (..., channels).
-        mask: (..., 1) bool, one for all channels; None where nothing is masked.
         bias: (channels,), already part of x: it gets the sum of x's gradient.
+        mask: (..., 1) bool, one for all channels; None where nothing is masked.
         backend: as of `gelu_product`.
 
     Returns:
