@@ -111,13 +111,12 @@ class AddNorm(nn.LayerNorm):
 
         `branch_bias` is what the branch's `Projection` gave beside it.
         """
+        weight, device = self.weight, h.device.type
         if self.wide:
             dtype = h.dtype
-        elif torch.is_autocast_enabled(h.device.type):
-            dtype = torch.get_autocast_dtype(h.device.type)
         else:
-            dtype = self.weight.dtype
-        return add_layer_norm(h, branch, self.weight, self.bias, self.eps, dtype, branch_bias)
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return add_layer_norm(h, branch, weight, self.bias, self.eps, dtype, branch_bias)
 
 
 class Projection(nn.Linear):

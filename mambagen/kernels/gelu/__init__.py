@@ -49,7 +49,7 @@ def gelu_product(
 def product(
     a: Tensor, b: Tensor, a_bias: Tensor | None = None, b_bias: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """a * b; see `gelu_product`."""
+    """a * b; see `gelu_product`. Without biases there is nothing to join."""
     return _either("product", a, b, a_bias, b_bias, False, backend)
 
 
@@ -89,7 +89,7 @@ def _either(
         raise ValueError(f"{op}: only one of two biases was given")
     _check_bias(op, a, a_bias)
     _check_bias(op, b, b_bias)
-    if triton_or_torch("gelu", backend, a) == "torch":
+    if triton_or_torch("gelu", backend, a) == "torch" or (a_bias is None and not activate):
         a, b = _with_sum(a, a_bias), _with_sum(b, b_bias)
         return gelu(a) * gelu(b) if activate else a * b
     run = _product_direct if is_plain_eager(a, b, a_bias, b_bias) else _product

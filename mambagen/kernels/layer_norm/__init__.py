@@ -47,19 +47,21 @@ def add_layer_norm(
     Raises:
         ValueError: shapes do not fit, or the backend cannot run this call.
     """
+    last = h.shape[-1:]
+    if not last or weight.shape != last or bias.shape != last:
+        raise ValueError(f"add_layer_norm: {tuple(weight.shape)} and {tuple(bias.shape)} do not fit {tuple(h.shape)}")
     if branch is not None and branch.shape != h.shape:
         raise ValueError(f"add_layer_norm: branch {tuple(branch.shape)} does not fit h {tuple(h.shape)}")
-    given = (weight, bias, *(() if branch_bias is None else (branch_bias,)))
-    if not h.dim() or any(v.shape != h.shape[-1:] for v in given):
-        raise ValueError(f"add_layer_norm: {', '.join(str(tuple(v.shape)) for v in given)} do not fit {tuple(h.shape)}")
-    if branch is None and branch_bias is not None:
-        raise ValueError("add_layer_norm: a bias of a branch that was not given")
+    if branch_bias is not None and (branch is None or branch_bias.shape != last):
+        raise ValueError(f"add_layer_norm: a branch's bias {tuple(branch_bias.shape)} does not fit {tuple(h.shape)}")
     if triton_or_torch("layer_norm", backend, h) == "torch":
         if branch is not None and branch_bias is not None:
             branch = branch + (branch_bias - branch_bias.detach()).to(branch.dtype)
         total = h if branch is None else h + branch
-        y = F.layer_norm(total, weight.shape, weight.to(h.dtype), bias.to(h.dtype), epsilon)
-        return total, y.to(dtype)
+        if weight.dtype != h.dtype or bias.dtype != h.dtype:
+            weight, bias = weight.to(h.dtype), bias.to(h.dtype)
+        y = F.layer_norm(total, last, weight, bias, epsilon)
+        return total, y if y.dtype == dtype else y.to(dtype)
     run = _direct if is_plain_eager(h, branch, weight, bias, branch_bias) else _forward
     total, y, _ = run(h, branch, weight, bias, branch_bias, epsilon, dtype)
     return (h if branch is None else total), y
