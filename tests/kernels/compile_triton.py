@@ -67,6 +67,7 @@ NORMS = {
     "1024 channels": (1024, torch.bfloat16),
     "8192 channels": (8192, torch.bfloat16),
 }
+CHUNKS = {"one sequence, 64 states": (1, 64, 1), "200 sequences, 64 states": (200, 64, 1), "12 states": (1, 12, 2)}
 S4DS = {"32 states": 32, "64 states": 64, "1024 states": 1024}
 
 
@@ -102,7 +103,21 @@ def resources(kernel: Any) -> Row:
         said = kernel.asm["amdgcn"]
         registers = re.search(r"\.vgpr_count: +(\d+)", said)[1]  # type: ignore[index]
         spilled = re.search(r"\.private_segment_fixed_size: +(\d+)", said)[1]  # type: ignore[index]
-    return {"registers": int(registers), "spilled": int(spilled), "shared": kernel.metadata.shared}
+    row = {"registers": int(registers), "spilled": int(spilled), "shared": kernel.metadata.shared}
+    return row | {"products": "warp_group_dot " in kernel.asm["ttgir"], "end": products_end(kernel.asm["ttgir"])}
+
+
+def products_end(code: str) -> bool:
+    """Whether no product on tensor cores outlives a step of its loop, whose next copies may overwrite what it reads."""
+    pending = False
+    for line in code.splitlines():
+        if "warp_group_dot " in line and "isAsync = true" in line:
+            pending = True
+        elif "warp_group_dot_wait" in line and "pendings = 0" in line:
+            pending = False
+        elif pending and ("async_copy_global_to_local" in line or "scf.yield" in line):
+            return False
+    return True
 
 
 def compiled(target: GPUTarget, every: bool) -> list[Row]:
@@ -121,7 +136,8 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
     JITFunction.run = compile_only
     ops = ("selective_scan", "causal_conv1d", "fft_conv", "s4d", "gelu", "layer_norm")
     scan, conv, fft, s4d, gelu, norm = (backend_module(op, "triton") for op in ops)
-    for module in (scan, conv, fft, norm):
+    chunked = backend_module("s4d", "chunked_triton")
+    for module in (scan, conv, fft, norm, chunked):
         vars(module)["processors"] = lambda device: 64  # enough that the length is split
     for variant, options in {**SCANS, **(MORE_SCANS if every else {})}.items():  # noqa: B007 (compile_only reads it)
         case = draw_scan(**{"batch": 1, "length": 256, "channels": 64, **options})
@@ -142,6 +158,11 @@ def compiled(target: GPUTarget, every: bool) -> list[Row]:
         z, c = s4d.coefficients(dt, A, A)
         s4d.coefficient_gradients(z, c, dt, A, A)
         s4d.gradients(s4d.forward(c, z, 2048), c, z)
+    for variant, (batch, state, ssms) in CHUNKS.items():  # noqa: B007
+        x = torch.randn(batch, 2048, 64 * ssms, dtype=torch.bfloat16)
+        c, skip = torch.randn(ssms, state, dtype=torch.complex64), torch.randn(64 * ssms)
+        chunked.forward(x, c, c.to(torch.complex128), skip, True)
+        chunked.backward(x, x, c, c.to(torch.complex128), skip, True)
     for variant, (channels, dtype) in NORMS.items():  # noqa: B007
         h, w = torch.randn(20, channels), torch.randn(channels)
         x = h.to(dtype)

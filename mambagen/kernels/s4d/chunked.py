@@ -16,7 +16,7 @@ from mambagen.kernels.dispatch import backend_module, entered_directly, is_plain
 from mambagen.kernels.launching import shared_bytes
 
 LEAST_CHANNELS = 16  # a system
-MOST_STATES = 64
+MOST_STATES = 64  # `chunked_triton.LANES`
 SHARED_BYTES = 200_000  # of a multiprocessor, in which the matrices of so many states fit: Hopper's 227 KB do
 
 

@@ -37,7 +37,8 @@ from mambagen.kernels.s4d.triton import powers
 FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16)
 
 CHUNK = 64
-LEAST_WIDE = LEAST_LANES = 16  # channels and states: the least that a product takes
+LANES = 64  # states a program holds, whatever there are: Hopper's products have 64 rows
+LEAST_WIDE = 16  # channels: the least that a product takes
 WIDE, WARPS = 64, 4  # of the convolution
 WIDE_GRADIENTS, WARPS_GRADIENTS = 64, 4
 LEAST_CHUNKS = 4  # of a segment
@@ -81,7 +82,7 @@ class _Tables(NamedTuple):
         blocks = triton.cdiv(CHUNK + 1, ROWS)
         chunk_tables_kernel[(ssms * blocks,)](
             _pairs(c), _pairs(z), *tables, blocks,
-            STATE=state, LANES=_lanes(state), CHUNK=CHUNK, ROWS=ROWS, num_warps=4,
+            STATE=state, LANES=LANES, CHUNK=CHUNK, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
         return tables
 
@@ -111,7 +112,7 @@ def _convolve(x: Tensor, tables: _Tables, z: Tensor, skip: Tensor | None, revers
     chunked_conv_kernel[(cut.programs,)](
         x, *tables, tables.decay if skip is None else skip, tables.decay if start is None else start, y,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, *x.stride(), *y.stride(),
-        STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
+        STATE=state, LANES=LANES, CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
         SKIP=skip is not None, CARRIED=start is not None, num_warps=WARPS,
     )  # fmt: skip
     return y
@@ -129,7 +130,7 @@ def _segment_starts(x: Tensor, cut: _Cut, tables: _Tables, z: Tensor, reverse: b
     segment_states_kernel[(cut.programs,)](
         x, tables.E, tables.decay, states,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, *x.stride(),
-        STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse, SLOPE=parts == 4,
+        STATE=state, LANES=LANES, CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse, SLOPE=parts == 4,
         num_warps=WARPS if parts == 2 else WARPS_GRADIENTS,
     )  # fmt: skip
     wide = min(64, triton.next_power_of_2(cut.each))
@@ -157,7 +158,7 @@ def _gradients(
     chunked_gradients_kernel[(cut.programs,)](
         x, dy, tables.E, tables.decay, tables.decay if start is None else start, sums, products, dskip,
         cut.length, cut.each, ssms, cut.columns, cut.segments, cut.chunks, each, *x.stride(), *dy.stride(),
-        STATE=state, LANES=_lanes(state), CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
+        STATE=state, LANES=LANES, CHUNK=CHUNK, WIDE=cut.wide, REVERSE=reverse,
         SKIP=skip is not None, CARRIED=start is not None, num_warps=WARPS_GRADIENTS,
     )  # fmt: skip
     diagonals_kernel[(cut.programs,)](products, near, CHUNK=CHUNK, num_warps=4)
@@ -168,10 +169,6 @@ def _gradients(
         STATE=state, STATES=STATES, CHUNK=CHUNK, SUMMED=SUMMED, num_warps=4,
     )  # fmt: skip
     return dc, dz, dskip.sum(0)
-
-
-def _lanes(state: int) -> int:
-    return max(LEAST_LANES, triton.next_power_of_2(state))
 
 
 def _pairs(v: Tensor) -> Tensor:
