@@ -2,6 +2,7 @@
 
     python -m benchmarks.encoders [--encoders bigs bimamba bert] [--size 7m] [--tokens 131072] [--out encoders.json]
         [--figure encoders.png] [--parts s4d length]
+    python -m benchmarks.encoders --rows encoders.json [later.json] --figure encoders.png   # drawn, nothing measured
     python -m benchmarks.encoders --profile ours [--tokens 131072]   # the train steps of "s4d", kernel by kernel
     python -m benchmarks.encoders --profile forward --encoders bigs --lengths 32768     # or train: passes of encoders
 
@@ -15,8 +16,10 @@ written anew after every row, so a time limit loses nothing.
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
@@ -36,15 +39,18 @@ WAYS = ("ours", "fft", "plain")
 PASSES = ("forward", "train")
 
 
-def measured(run: Callable[[], object]) -> tuple[float | None, float | None]:
-    """(milliseconds, peak GB) of a call; (None, None) where the memory does not suffice."""
+def measured(run: Callable[[], object], others: int = 0) -> tuple[float | None, float | None]:
+    """(milliseconds, peak GB) of a call; (None, None) where the memory does not suffice.
+
+    `others`: bytes that are held for something else, such as graphs that were recorded before.
+    """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
         milliseconds = median_ms(run, seconds=0.3)
     except torch.cuda.OutOfMemoryError:
         return None, None
-    return milliseconds, torch.cuda.max_memory_allocated() / 1e9
+    return milliseconds, (torch.cuda.max_memory_allocated() - others) / 1e9
 
 
 def encoder_rows(encoders: list[str], size: str, tokens: int, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -54,11 +60,13 @@ def encoder_rows(encoders: list[str], size: str, tokens: int, lengths: Sequence[
         for length in lengths:
             ids = inputs(tokens, length)
             batch = len(ids)
+            own = sum(tensor.numel() * tensor.element_size() for tensor in (ids, *encoder.parameters()))
+            others = torch.cuda.memory_allocated() - own
             forward, train = passes(encoder, ids)
             row: dict[str, Any] = {"encoder": name, "parameters": sum(p.numel() for p in encoder.parameters())}
             row |= {"batch": batch, "length": length}
             for part, run in (("forward", forward), ("train", train)):
-                milliseconds, gigabytes = measured(run)
+                milliseconds, gigabytes = measured(run, others)
                 row[f"{part} Mtok/s"] = None if milliseconds is None else batch * length / milliseconds / 1e3
                 row[f"{part} GB"] = gigabytes
             makers = {"forward": partial(recorded, forward), "train": partial(recorded_train, encoder, ids)}
@@ -182,25 +190,25 @@ def difference(case: LayerCase) -> float | None:
 
 
 def draw(rows: list[dict[str, Any]], path: str, device: str) -> None:
-    """Speed of both passes, from Python and as graphs, and memory of the train step; `device` is the GPU's name."""
+    """Speed of both passes, from Python and as graphs, against length; `device` is the GPU's name."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for name in dict.fromkeys(row["encoder"] for row in rows):
-        own = [row for row in rows if row["encoder"] == name]
-        for axis, key in zip(axes, ("forward Mtok/s", "train Mtok/s", "train GB"), strict=True):
+        own = sorted((row for row in rows if row["encoder"] == name), key=lambda row: row["length"])
+        for axis, key in zip(axes, ("forward Mtok/s", "train Mtok/s"), strict=True):
             lines = axis.plot([row["length"] for row in own], [row[key] for row in own], marker="o", label=name)
             graphs = [row.get(key.replace("Mtok/s", "graph Mtok/s")) for row in own]
-            if "Mtok/s" in key and any(graphs):
+            if any(graphs):
                 axis.plot([row["length"] for row in own], graphs, linestyle="--", color=lines[0].get_color())
             axis.set(xscale="log", yscale="log", xlabel="length", ylabel=key)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{device}, bfloat16; dashed: as CUDA graphs")
+    figure.suptitle(f"{device}, bfloat16; solid: launched from Python, dashed: as CUDA graphs")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -216,8 +224,14 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--out")
     parser.add_argument("--figure")
+    parser.add_argument("--rows", nargs="+", help="--out files of runs before: only draw what they measured")
     parser.add_argument("--profile", choices=(*WAYS, *PASSES), help="only print where the time goes")
     args = parser.parse_args()
+    if args.rows:
+        before = [json.loads(Path(file).read_text()) for file in args.rows]
+        rows = [row for run in before for row in run["rows"] if "encoder" in row]
+        draw(rows, args.figure or "encoders.png", before[0]["gpu"])
+        return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.encoders: needs a CUDA device")
     if args.profile in PASSES:
@@ -231,7 +245,7 @@ def main() -> None:
         for row, case in s4d_cases(args.tokens):
             profile(partial(case.train, args.profile), f"{args.profile}, {row}")
         return
-    rows: list[dict[str, Any]] = []
+    rows = []
 
     def taken(measuring: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of a part, each printed and written when it is there."""

@@ -41,3 +41,15 @@ def test_rows_measured_before_a_stop_are_in_the_file(tmp_path: Path, monkeypatch
 def test_the_figure_is_drawn_also_where_memory_did_not_suffice(tmp_path: Path) -> None:
     encoders.draw(ROWS, str(tmp_path / "lengths.png"), "a GPU")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_runs_before_are_drawn_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(encoders, "draw", lambda rows, path, device: drawn.append((rows, path, device)))
+    files = []
+    for i, rows in enumerate(([SYSTEM, *ROWS[:2]], ROWS[2:])):
+        files.append(tmp_path / f"{i}.json")
+        files[-1].write_text(json.dumps({"gpu": "a GPU", "rows": rows}))
+    monkeypatch.setattr("sys.argv", ["encoders", "--rows", *map(str, files), "--figure", "x.png"])
+    encoders.main()
+    assert drawn == [(ROWS, "x.png", "a GPU")]
