@@ -1,6 +1,7 @@
 """`mambagen pretrain-audio`: train a model of raw sound."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mambagen.commands.options import (
 from mambagen.errors import UsageError
 
 if TYPE_CHECKING:
+    from mambagen.pipelines.audio_best import BestModel
     from mambagen.pipelines.pretrain_audio import PretrainAudioResult
 
 BLOCKS = ("mamba", "s4", "s4d", "s4+mlp", "s4d+mlp", "attention+mlp")  # mambagen.models.audio_unet.BlockKind
@@ -163,44 +165,68 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 def as_table(result: "PretrainAudioResult") -> str:
     """The figures beside those to beat, where the checkpoint is, and what to do next."""
-    from math import log
+    from mambagen.pipelines.audio_best import best_row, times
 
+    best = result.best
     lines = [
         f"{result.steps:,} steps, {result.samples:,} samples in {result.seconds:.0f} s"
         + (f" ({result.samples_per_second:,.0f} samples/s)" if result.samples_per_second else "")
+        + f", {times(result.epochs)} through the data"
     ]
     if result.loss is None:
         lines += ["", "nothing is held out, so nothing is measured"]
     else:
         rows = [(f"{result.name} ({result.parameters:,} parameters)", result.loss)]
+        rows += best_row(best, result.steps).items()
         rows += [(f"Markov chain of order {order} over bytes", loss) for order, loss in result.baselines.items()]
-        rows += [("uniform", log(256))]
+        rows += [("uniform", math.log(256))]
         width = max(len(name) for name, _ in rows)
         lines += ["", f"held out: {result.held_out}", ""]
         lines += [f"{'':<{width}}  nats/sample  bits/byte"]
-        lines += [f"{name:<{width}}  {loss:11.4f}  {loss / log(2):9.4f}" for name, loss in rows]
+        lines += [f"{name:<{width}}  {loss:11.4f}  {loss / math.log(2):9.4f}" for name, loss in rows]
     word = f" --digit {result.classes[-1]}" if result.classes else ""
     lines += [
         "",
         f"checkpoint  {result.checkpoint}",
-        *([f"best        {result.best} (of the looks on the way)"] if result.best else []),
+        *([f"best        {best.path} ({about(best, result)})"] if best else []),
         f"report      {result.report}",
-        f"listen      mambagen generate-audio {result.checkpoint}{word} --out heard",
-        f"train on    mambagen pretrain-audio --resume {result.run} --minutes {max(10, round(result.seconds / 6))}",
+        f"listen      mambagen generate-audio {result.to_use}{word} --out heard",
     ]
+    if not result.warning:
+        longer = max(10, round(result.seconds / 6))
+        lines += [f"train on    mambagen pretrain-audio --resume {result.run} --minutes {longer}"]
     return "\n".join(lines)
 
 
+def about(best: "BestModel", result: "PretrainAudioResult") -> str:
+    """Which model the best one is, and by what."""
+    if best.step == result.steps:
+        return "the last weights"
+    if best.loss is not None and best.look_targets == result.targets:
+        return f"step {best.step:,}"
+    return (
+        f"step {best.step:,}; on the {best.look_targets:,} samples of the looks {best.look_loss:.4f} nats, the last "
+        f"weights {best.last_look_loss:.4f}"
+    )
+
+
 def as_machine(result: "PretrainAudioResult") -> str:
-    """One JSON object; losses in nats a sample."""
+    """One JSON object; losses in nats a sample. `held_out` and `best_held_out` are of all held-out samples, `looks` of
+    the part that every look measured."""
     held_out = None
     if result.loss is not None:
         held_out = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "targets": result.targets}
+    best = result.best
+    at_best = looks = None
+    if best:
+        looks = {"best": best.look_loss, "last": best.last_look_loss, "targets": best.look_targets}
+        at_best = None if best.loss is None else {"loss": best.loss, "bits_per_byte": best.loss / math.log(2)}
     return json.dumps(
         {
             "run": str(result.run),
             "checkpoint": str(result.checkpoint),
-            "best": None if result.best is None else str(result.best),
+            "best": None if best is None else str(best.path),
+            "best_step": None if best is None else best.step,
             "report": str(result.report),
             "parameters": result.parameters,
             "classes": list(result.classes),
@@ -208,7 +234,11 @@ def as_machine(result: "PretrainAudioResult") -> str:
             "samples": result.samples,
             "seconds": result.seconds,
             "samples_per_second": result.samples_per_second,
+            "epochs": result.epochs,
             "held_out": held_out,
+            "best_held_out": at_best,
+            "looks": looks,
+            "warning": result.warning,
             "baselines": {f"order{order}": loss for order, loss in result.baselines.items()},
         },
         indent=1,

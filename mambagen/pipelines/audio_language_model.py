@@ -1,6 +1,7 @@
 """Predicting the next sample of sound: the job as the training loop sees it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ class AudioTask:
     ) -> None:
         """`evaluated(model, quick)` is called after each evaluation, outside of autocast.
 
-        `best` is the folder of the model that did best in the looks on the way, written again when one is better than
-        `best_loss`, that of the looks before; where there was none, it is the model of the end.
+        `best` is the folder of the model that did best in the looks, the one at the end among them, written again when
+        one is better than `best_loss`, that of the looks before. All looks are compared on the windows of the quick
+        ones, which are a part of the held-out windows.
         """
         self.quantiser, self.identity, self.card = quantiser, dict(identity), card
         train, valid = shards["train"], shards["valid"]
@@ -82,6 +84,7 @@ class AudioTask:
         self.held_out_quick = held_out(min(valid_samples, QUICK_SAMPLES, max(1, share)))
         self.quick_tokens = self.held_out_quick.targets
         self.last_evaluation: dict[str, float] = {}
+        self.last_losses: NDArray[np.float64] = np.zeros(0)  # of each held-out window, of the last whole evaluation
         self._evaluated = evaluated
         self._best, self.best_loss = best, best_loss
 
@@ -102,6 +105,11 @@ class AudioTask:
             return 0
         return min(step * len(self.windows) // self._steps, len(self.windows) - 1)
 
+    def epochs(self, steps: int) -> float:
+        """How many times so many steps go through the training clips."""
+        stages = Counter(map(self.stage, range(steps))) if len(self.windows) > 1 else {0: steps}
+        return sum(count * self.windows[i].rows / self.windows[i].units for i, count in stages.items())
+
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Sum of the cross entropy in nats over the samples that count, and of `class_contrast`'s part."""
         tokens, counted, classes = tensors["tokens"], tensors["counted"], tensors.get("classes")
@@ -111,28 +119,41 @@ class AudioTask:
         return contrasted_loss(model, tokens, counted, classes, tensors["others"], self._contrast)
 
     def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:
-        """Mean loss in nats a sample and bits per byte over the held-out windows (a part of them if `quick`)."""
+        """Mean loss in nats a sample and bits per byte over the held-out windows (a part of them if `quick`).
+
+        If not quick, also `look_loss` and `look_targets`: the same on the windows of the quick ones.
+        """
         windows = self.held_out_quick if quick else self.held_out
-        device = next(model.parameters()).device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in windows:
-            classes = torch.from_numpy(batch.classes).to(device) if self.quantiser.classes else None
-            tokens, counted = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.counted).to(device)
-            total += audio_loss(model, tokens, counted, classes).double()
         figures = {}
         if windows.targets:
-            loss = total.item() / windows.targets
+            each = self.window_losses(model, windows)
+            loss = look = float(each.sum()) / windows.targets
             figures = {"loss": loss, "bits_per_byte": loss * BITS, "targets": windows.targets}
+            if not quick:
+                self.last_losses = each
+                part = self.held_out_quick
+                if part.targets != windows.targets:
+                    look = float(self.window_losses(model, part).sum()) / part.targets
+                figures |= {"look_loss": look, "look_targets": part.targets}
             self.last_evaluation = figures
-            better = loss < self.best_loss if quick else math.isinf(self.best_loss)  # figures of one kind are compared
-            if self._best and better:
-                self.best_loss = loss
+            if self._best and look < self.best_loss:
+                self.best_loss = look
                 write_folder_atomically(self._best, self.model_files(model), unlisted=[CARD], replace=True)
         if self._evaluated:
             assert isinstance(model, AudioUNet)
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(next(model.parameters()).device.type, enabled=False):
                 self._evaluated(model, quick)
         return figures
+
+    def window_losses(self, model: nn.Module, windows: HeldOutWindows) -> NDArray[np.float64]:
+        """(windows,) cross entropy of each window in nats, summed over its samples."""
+        device = next(model.parameters()).device
+        found = []
+        for batch in windows:
+            classes = torch.from_numpy(batch.classes).to(device) if self.quantiser.classes else None
+            tokens, counted = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.counted).to(device)
+            found.append(losses(model, tokens, counted, classes, "none").sum(1, dtype=torch.float64))
+        return torch.cat(found).cpu().numpy() if found else np.zeros(0)
 
     def model_files(self, model: nn.Module) -> dict[str, Writer]:
         """The files of the model folder."""

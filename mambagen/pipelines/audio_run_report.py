@@ -78,19 +78,27 @@ class RunSamples:
 def write_run_report(
     run: RunFolder,
     settings: Mapping[str, str],
+    best: Mapping[str, float],
     baselines: Mapping[int, float],
     quantiser: Quantiser,
     samples: RunSamples,
+    warning: str | None = None,
 ) -> Path:
-    """RUN/report.html and RUN/loss.png out of what the run has left so far."""
+    """RUN/report.html and RUN/loss.png out of what the run has left so far.
+
+    `best` holds a name and the loss of the best model on all held-out samples, where the last one may be worse.
+    """
     rows = read_metrics(run.metrics_file)
     looks = [row for row in rows if "valid_loss" in row]
     title = f"Audio run {run.path.name}"
     names = {f"order-{order} chain": loss for order, loss in baselines.items()}
     draw_loss(run.loss_plot, rows, names, f"{settings['model']}", unit="sample")
     page = Page(title, _lead(looks))
+    if warning:
+        page.text(f"Warning: {warning}.")
     page.heading("Held-out sound")
     figures = [("the model", looks[-1]["valid_loss"])] if looks else []
+    figures += [*best.items()]
     figures += [(f"Markov chain of order {order} over bytes", loss) for order, loss in baselines.items()]
     figures += [("uniform", float(np.log(quantiser.levels)))]
     page.table(
@@ -153,7 +161,10 @@ def _loss_figure(rows: Sequence[Mapping[str, Any]], looks: Sequence[Mapping[str,
             [row["valid_loss"] * BITS for row in held],
             color=HELD_OUT, marker="o", markersize=4, linewidth=1.4, label="held out",
         )  # fmt: skip
-    axes.set_ylim(top=float(np.quantile(bits, 0.98)) * 1.05)
+    top = float(np.quantile(bits, 0.98))
+    if held:  # a rise is seen, as far as what knows nothing
+        top = max(top, min(max(row["valid_loss"] for row in held) * BITS, np.log2(256)))
+    axes.set_ylim(top=top * 1.05)
     axes.set_xlabel("samples seen in training")
     axes.set_ylabel("bits a byte")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -27,12 +27,14 @@ from mambagen.errors import DivergedError, InterruptedRun, ModelError, UsageErro
 from mambagen.models import load_model
 from mambagen.models.audio_unet import AudioUNet, AudioUNetConfig, BlockKind
 from mambagen.models.files import first_fault
+from mambagen.pipelines.audio_best import BEST, BestModel, best_row, compare_best
 from mambagen.pipelines.audio_data import AudioRequest, open_audio
 from mambagen.pipelines.audio_language_model import BITS, AudioTask
 from mambagen.pipelines.audio_run_report import RunSamples, write_run_report
 from mambagen.pipelines.model_cards import ModelCard
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
 from mambagen.training.config import TrainConfig, overlaid, read_toml, validated
+from mambagen.training.looks import look_loss
 from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
 from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
@@ -47,7 +49,6 @@ PUBLISHED_ROWS = {
 SAMPLES_A_STEP = 1 << 20  # for other lengths from here on
 DEFAULT_ROWS = 16
 NEW_CLASSES = 0.1  # share of their usual size with which classes begin in a model that was trained without
-BEST = "best"  # the folder of a run that holds the model that did best on the way: small data are learnt by heart
 
 _PAPER: dict[str, Any] = {"lr": 2e-3, "steps": 200_000, "warmup": 0.1, "weight_decay": 0.1, "clip": 0.1}
 # Settings that come below a configuration file and options. What is published stands in docs/audio.md, and what is not.
@@ -188,7 +189,7 @@ class PretrainAudioResult:
 
     run: Path
     checkpoint: Path
-    best: Path | None  # the model of the best look on the way, where there was one
+    best: BestModel | None  # of the best look, where there was one
     name: str
     parameters: int
     loss: float | None
@@ -199,12 +200,19 @@ class PretrainAudioResult:
     samples: int
     seconds: float
     samples_per_second: float
+    epochs: float  # times that the run went through the training clips
     held_out: str
     report: Path
+    warning: str | None = None  # one line, where the last weights are worse than the best by more than noise
 
     @property
     def bits_per_byte(self) -> float | None:
         return None if self.loss is None else self.loss * BITS
+
+    @property
+    def to_use(self) -> Path:
+        """The model to go on with: the last one, or the best where the last is worse by more than noise."""
+        return self.best.path if self.best and self.warning else self.checkpoint
 
 
 def pretrain_audio(
@@ -378,7 +386,7 @@ def _train_and_report(
         max(1, rows[-1] // config.accumulate),
         samples.evaluated,
         run.path / BEST,
-        min((row["valid_loss"] for row in looks), default=math.inf),
+        min(map(look_loss, looks), default=math.inf),
     )
     where = f"{device}" + (f" after step {checkpoint.position.step}" if checkpoint else "")
     progress.note(f"{name} ({parameters:,} parameters) on {where}; the run is in {run.path}")
@@ -388,20 +396,25 @@ def _train_and_report(
     progress.state("counting the chains to beat ...")
     baselines = ByteChains(clips).losses(task.held_out)
 
-    def report() -> Path:
+    def report(row: Mapping[str, float], warning: str | None = None) -> Path:
         settings = {"model": f"{name}, {parameters:,} parameters", "recipe": config.recipe or "none"}
         settings |= {"data": _data_names(config), "length and windows a step": _schedule(config)}
-        return write_run_report(run, settings, baselines, quantiser, samples)
+        return write_run_report(run, settings, row, baselines, quantiser, samples, warning)
 
     try:
         result = train(model, task, config, run, checkpoint, progress)
     except (InterruptedRun, DivergedError):
-        report()
+        report({})
         raise
+    epochs = task.epochs(result.position.step)
+    sound = f"{seconds / 60:,.1f} minutes of sound" if seconds >= 60 else f"{seconds:,.3g} seconds of sound"
+    best, warning = compare_best(config, task, run, result, sound, epochs, progress)
+    if warning:
+        log.warning("%s", warning)
     return PretrainAudioResult(
         run=run.path,
         checkpoint=result.checkpoint,
-        best=run.path / BEST if (run.path / BEST).is_dir() else None,
+        best=best,
         name=name,
         parameters=parameters,
         loss=result.held_out.get("loss"),
@@ -412,8 +425,10 @@ def _train_and_report(
         samples=result.position.tokens,
         seconds=result.position.seconds,
         samples_per_second=result.tokens_per_second,
+        epochs=epochs,
         held_out=f"{task.held_out.targets:,} samples of {len(held_out):,} clips",
-        report=report(),
+        report=report(best_row(best, result.position.step), warning),
+        warning=warning,
     )
 
 

@@ -89,8 +89,14 @@ def test_a_run_leaves_a_model_its_figures_and_a_page_to_hear(run: Run, words: Pa
     assert f"{result['held_out']['loss']:.4f} nats a sample" in card
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert sum("valid_bits_per_byte" in row for row in rows) == result_looks(rows)
-    best = min((row for row in rows if "valid_loss" in row and row["step"] < 6), key=lambda row: row["valid_loss"])
+    best = min(
+        (row for row in rows if "valid_loss" in row), key=lambda row: row.get("valid_look_loss", row["valid_loss"])
+    )
     assert f"{best['valid_loss']:.4f} nats a sample" in Path(result["best"], "README.md").read_text()
+    assert result["best_step"] == best["step"]
+    assert result["epochs"] == pytest.approx(
+        6 * 4 / (2 * (2 + 2 + 3))
+    )  # clips of 400, 500, 600 samples in windows of 256
     assert load_model(result["best"])[0].config == model.config
     page = Path("run/report.html").read_text()
     assert "data:audio/flac" in page
@@ -119,6 +125,77 @@ def test_the_measured_loss_is_that_of_the_clips_one_by_one(run: Run, words: Path
             count += len(window)
     assert result["held_out"]["targets"] == count
     assert result["held_out"]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_all_looks_are_compared_on_the_same_samples(run: Run, words: Path) -> None:
+    code, out, err = run("--data", words, "--out", "run", "--lr", 1e-12, "--steps", 8, "--json")  # nothing changes
+    assert (code, err) == (0, "")
+    looks = [row for row in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines()) if "valid_loss" in row]
+    *on_the_way, end = looks
+    assert len(on_the_way) > 3
+    for row in on_the_way:
+        assert row["valid_loss"] == pytest.approx(end["valid_look_loss"], rel=1e-5)
+        assert row["valid_targets"] == end["valid_look_targets"] < end["valid_targets"] == 1400
+        assert abs(row["valid_loss"] - end["valid_loss"]) > 1e-4
+    result = json.loads(out)
+    assert result["best_step"] == on_the_way[0]["step"]  # none is better, so the first was kept
+    assert f"over {on_the_way[0]['valid_targets']:,} samples" in Path("run/best/README.md").read_text()
+    assert result["looks"]["last"] == end["valid_look_loss"]
+    assert result["looks"]["targets"] == end["valid_look_targets"]
+    assert result["warning"] is None
+    assert f"step-{8:08d}" in run("--resume", "run", config=False)[1].split("listen")[1]
+
+
+@pytest.fixture
+def noise(words: Path, tmp_path: Path) -> Path:
+    """Two words of white noise: nothing of the training clips helps with those that are held out."""
+    root = tmp_path / "noise"
+    random = np.random.default_rng(0)
+    for name in ("one/aa", "one/bb", "one/cc"):
+        (root / "one").mkdir(parents=True, exist_ok=True)
+        soundfile.write(root / f"{name}_nohash_0.wav", random.uniform(-0.5, 0.5, 900 if "aa" not in name else 64), RATE)
+    (root / "validation_list.txt").write_text("one/bb_nohash_0.wav\none/cc_nohash_0.wav\n")
+    (root / "testing_list.txt").write_text("")
+    return root
+
+
+def test_a_run_that_learnt_its_sound_by_heart_says_so(run: Run, noise: Path) -> None:
+    options = ("--data", noise, "--out", "run", "--d-model", 16, "--length", 64, "--batch", 8, "--steps", 160)
+    code, out, err = run(*options, "--lr", 0.02)
+    assert code == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    end = rows[-1]
+    best = min(
+        (row for row in rows if "valid_loss" in row), key=lambda row: row.get("valid_look_loss", row["valid_loss"])
+    )
+    assert best["step"] < 160
+    model, _ = load_model("run/best")
+    total = 0.0
+    for name in ("bb", "cc"):  # on all held-out samples, as the end is
+        tokens = torch.from_numpy(
+            MuLaw().encode(soundfile.read(noise / f"one/{name}_nohash_0.wav", dtype="float32")[0])
+        )
+        total += sum(audio_loss(model, part[None], torch.tensor([len(part)])).item() for part in tokens.split(64))
+    at_best = total / 1800
+    assert (end["step"], end["valid_targets"]) == (160, 1800)
+    assert end["valid_loss"] > at_best + 0.1
+    assert err.count("\n") == 1
+    assert f"rose from {at_best:.4f} nats a sample at step {best['step']} to {end['valid_loss']:.4f} at step 160" in err
+    assert "0.004 seconds of sound, gone through 1,280 times, were learnt by heart" in err
+    assert "1,280 times through the data" in out
+    assert f"the same after step {best['step']} (best)" in out
+    assert f"{at_best:11.4f}" in out
+    assert "mambagen generate-audio run/best --out heard" in out
+    assert "train on" not in out
+    page = Path("run/report.html").read_text()
+    assert f"the same after step {best['step']} (best)" in page
+    assert err.strip().removeprefix("mambagen: warning: ") in page.replace("&#39;", "'")
+    code, out, err = run("--resume", "run", "--json", config=False)  # measured again, and nothing lost
+    result = json.loads(out)
+    assert (code, result["best_step"], result["epochs"]) == (0, best["step"], 1280)
+    assert result["best_held_out"]["loss"] == pytest.approx(at_best, rel=1e-5)
+    assert result["held_out"]["loss"] == pytest.approx(end["valid_loss"], rel=1e-5)
+    assert result["warning"] in err
 
 
 def test_the_loss_does_not_see_what_is_past_a_clip_s_end() -> None:
