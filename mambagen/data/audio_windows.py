@@ -185,6 +185,11 @@ class HeldOutWindows:
         self._clip, self._start, self._size = clip[order], start[order], size[order]
         self.targets = int(self._size.sum())
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(windows,) samples of each, in the order in which they come."""
+        return self._size
+
     def __len__(self) -> int:
         """Number of windows."""
         return len(self._clip)

@@ -65,7 +65,7 @@ def compare_best(
     progress.state("measuring the best model on all held-out sound ...")
     each = _losses_of(path, config, task)
     best = replace(best, loss=float(each.sum()) / task.held_out.targets)
-    if not rose(each, task.last_losses, task.held_out.targets):
+    if not rose(each, task.last_losses, task.held_out.sizes):
         return best, None
     fewer = "fewer --steps" if config.steps is not None else "fewer --minutes"
     why, advice = "and the training loss did not fall", "a lower --lr"

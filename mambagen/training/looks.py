@@ -42,16 +42,18 @@ def training_loss_fell(rows: Sequence[Row], since: int) -> bool:
     return mean(last) < mean(since)
 
 
-def rose(before: NDArray[np.float64], after: NDArray[np.float64], targets: int) -> bool:
+def rose(before: NDArray[np.float64], after: NDArray[np.float64], targets: NDArray[np.int64]) -> bool:
     """Whether a loss is higher after than before by more than noise.
 
-    That is by more than `MARGIN`, and by more than `STANDARD_ERRORS` of the mean of the windows' differences.
+    That is by more than `MARGIN`, and by more than `STANDARD_ERRORS` of the rise, a ratio of two sums over windows
+    (Cochran, Sampling Techniques, eq. 6.13): the windows' rises beside what their numbers of targets make of it.
 
     Args:
         before, after: (windows,) loss of each held-out window, summed over its targets, in nats.
-        targets: of all windows.
+        targets: (windows,) of each.
     """
-    difference = after - before
-    count = len(difference)
-    error = float(np.sqrt(count) * np.std(difference, ddof=1)) / targets if count > 1 else 0.0
-    return float(difference.sum()) / targets > max(MARGIN, STANDARD_ERRORS * error)
+    difference, count = after - before, len(targets)
+    rise = float(difference.sum() / targets.sum())
+    squares = float(np.square(difference - rise * targets).sum())
+    error = np.sqrt(squares * count / (count - 1)) / targets.sum() if count > 1 else 0.0
+    return bool(rise > max(MARGIN, STANDARD_ERRORS * error))

@@ -42,9 +42,18 @@ def test_a_rise_is_more_than_the_windows_differ(shift: float, spread: float, exp
     """Twenty windows of 100 samples; two standard errors of the mean are 2 spread / sqrt(20) nats a sample."""
     deviations = np.tile([-1.0, 1.0], 10) * spread * np.sqrt(19 / 20)  # of deviation `spread` with ddof = 1
     before = np.linspace(200, 300, 20)
-    assert rose(before, before + 100 * (shift + deviations), 2000) is expected
+    assert rose(before, before + 100 * (shift + deviations), np.full(20, 100)) is expected
 
 
 def test_a_single_window_has_no_deviation() -> None:
-    assert rose(np.array([200.0]), np.array([202.0]), 100)
-    assert not rose(np.array([200.0]), np.array([200.5]), 100)
+    assert rose(np.array([200.0]), np.array([202.0]), np.array([100]))
+    assert not rose(np.array([200.0]), np.array([200.5]), np.array([100]))
+
+
+def test_windows_of_other_lengths_are_not_noise() -> None:
+    """Five seconds of a trumpet: a whole window and a short one, both 9 nats a sample worse, or one of them alone."""
+    targets = np.array([533, 8000])
+    assert rose(7.0 * targets, 16.0 * targets, targets)
+    assert rose(7.0 * targets, np.array([15.5, 16.0]) * targets, targets)
+    alike = np.array([400, 400])
+    assert not rose(7.0 * alike, np.array([7.0, 16.0]) * alike, alike)
