@@ -13,9 +13,9 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def shared_bytes(device: torch.device) -> int:
-    """What one block may use of a GPU's shared memory (0 where torch does not say)."""
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a GPU of NVIDIA's compute capability 9."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def byte_flags(resets: Tensor | None) -> Tensor | None:

@@ -110,13 +110,13 @@ def test_the_op_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
 
 
-def test_it_needs_shared_memory_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_needs_hopper_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gpu:
         is_cuda, dtype, shape, device = True, torch.bfloat16, (2, 100, 64), torch.device("cuda:0")
 
-    for bytes_of_block, fits in ((232_448, True), (101_376, False), (0, False)):
-        monkeypatch.setattr(chunked, "shared_bytes", lambda device, held=bytes_of_block: held)
-        assert chunked.pays(Gpu(), 1, 64) == fits  # type: ignore[arg-type]
+    for hopper in (True, False):
+        monkeypatch.setattr(chunked, "is_hopper", lambda device, answer=hopper: answer)
+        assert chunked.pays(Gpu(), 1, 64) == hopper  # type: ignore[arg-type]
     for dtype, channels, ssms, state, fits in (
         (torch.bfloat16, 64, 4, 64, True), (torch.bfloat16, 64, 8, 64, False), (torch.bfloat16, 64, 1, 65, False),
         (torch.float16, 64, 1, 8, False), (torch.float32, 64, 1, 8, False),

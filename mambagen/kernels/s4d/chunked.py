@@ -1,5 +1,5 @@
 """The convolution with a diagonal system's kernel as products over chunks of steps, the state handed from one to the
-next: on a GPU, in bfloat16, where many channels share a system. `chunked_conv`.
+next: on a Hopper GPU, in bfloat16, where many channels share a system. `chunked_conv`.
 
 A chunk of J steps is a (J, J) Toeplitz matrix times x and, for all that came before, a (J, 2N) matrix times the state.
 Channels that share a system share the matrices, so these are products for tensor cores: about J + 6N multiply-adds an
@@ -13,24 +13,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambagen.kernels.dispatch import backend_module, entered_directly, is_plain_eager
-from mambagen.kernels.launching import shared_bytes
+from mambagen.kernels.launching import is_hopper
 
 LEAST_CHANNELS = 16  # a system
 MOST_STATES = 64  # `chunked_triton.LANES`
-SHARED_BYTES = 200_000  # of a multiprocessor, in which the matrices of so many states fit: Hopper's 227 KB do
 
 
 def pays(x: Tensor, ssms: int, state: int) -> bool:
-    """Whether this can do the call and is quicker than the FFT; x (batch, length, channels)."""
+    """Whether this can do the call and is quicker than the FFT; x (batch, length, channels).
+
+    On Hopper: what came before has not the shared memory, and what came after would need other shapes, as its products
+    have a memory of their own.
+    """
     fits = x.dtype == torch.bfloat16 and x.shape[2] >= LEAST_CHANNELS * ssms and state <= MOST_STATES
-    return fits and (not x.is_cuda or shared_bytes(x.device) >= SHARED_BYTES)
+    return fits and (not x.is_cuda or is_hopper(x.device))
 
 
 def chunked_conv(x: Tensor, c: Tensor, z: Tensor, reverse: bool = False, skip: Tensor | None = None) -> Tensor:
     """y_t = sum_(s <= t) k_(t - s) x_s + D x_t with k_j = 2 Re sum_n c_n exp(j z_n), or the other way in time.
 
     Args:
-        x: (batch, length, channels) bfloat16, on a GPU (or anywhere in Triton's interpreter).
+        x: (batch, length, channels) bfloat16, on a Hopper GPU (or anywhere in Triton's interpreter).
         c: (ssms, state) complex64, z: (ssms, state) complex128; ssms divides channels: neighbours share a system.
         reverse: from the last position to the first.
         skip: (channels,) D.
