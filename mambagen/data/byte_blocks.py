@@ -40,15 +40,18 @@ def shown(path: str | Path) -> str:
     return "stdin" if str(path) == STDIN else str(path)
 
 
-def text_blocks(path: str | Path, size: int = BLOCK) -> Iterator[bytes]:
+def text_blocks(path: str | Path, size: int = BLOCK, wanted: str = "a FASTA or GenBank file") -> Iterator[bytes]:
     """The text of ``path`` (``-``: stdin) in blocks of about ``size`` bytes, unpacked if it is gzip.
+
+    ``wanted`` is what to give in place of an empty file.
+
 
     Line ends are ``\\n``, whatever they were; a run of blanks is never cut in two, so that blanks at the end of a line
     can be told from blanks inside it. Raises InputError where the file is missing, unreadable, empty, cut off, damaged
     or not text.
     """
     held = b""
-    for block in _whole_text(path, size):
+    for block in _whole_text(path, size, wanted):
         block = held + block if held else block
         body = block.rstrip(b" \t\r")  # a \r may be half of a \r\n
         held = block[len(body) :]
@@ -62,7 +65,7 @@ def _plain_line_ends(block: bytes) -> bytes:
     return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in block else block
 
 
-def _whole_text(path: str | Path, size: int) -> Iterator[bytes]:
+def _whole_text(path: str | Path, size: int, wanted: str) -> Iterator[bytes]:
     """The unpacked bytes, with the first block looked at: it must be text."""
     first = True
     for block in _unpacked(path, size):
@@ -72,7 +75,7 @@ def _whole_text(path: str | Path, size: int) -> Iterator[bytes]:
             first = False
         yield block
     if first:
-        raise InputError.at(shown(path), None, "the file is empty; give a FASTA or GenBank file")
+        raise InputError.at(shown(path), None, f"the file is empty; give {wanted}")
 
 
 def _refuse_other_formats(path: str | Path, head: bytes) -> None:

@@ -22,6 +22,8 @@ from mambagen.data.dna_tokens import UNK, DnaTokenizer
 from mambagen.data.fasta import read_records
 from mambagen.errors import InputError
 
+TABLE = "a CSV or TSV table, or a FASTA with --labels"  # for an error to ask for
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -97,13 +99,13 @@ def read_labelled(
         InputError: names file and line of what is missing or no DNA.
     """
     if labels is None:
-        start = next(iter(text_blocks(data))).lstrip() if str(data) != "-" else b""
+        start = next(iter(text_blocks(data, wanted=TABLE))).lstrip() if str(data) != "-" else b""
         if start.startswith((b">", b"LOCUS")):
             raise InputError.at(
                 shown(data), None, "this is a sequence file; give the classes of its records by --labels"
             )
         return read_table(data, tokenizer, sequence_column, label_column)
-    by_name = _read_names(labels)
+    by_name = read_names(labels)
     sequences, found, names, lines = [], [], [], []
     for record in read_records(data):
         if record.id not in by_name:
@@ -148,8 +150,11 @@ def read_table(
     return Labelled(sequences, labels, names, lines, shown(path))
 
 
-def _read_names(path: str | Path) -> dict[str, str]:
-    """Record name -> label out of a table of two columns, with or without a header (name, id or record, then label)."""
+def read_names(path: str | Path) -> dict[str, str]:
+    """Record name -> label out of a table of two columns, with or without a header (name, id or record, then label).
+
+    InputError names the line of what cannot be used.
+    """
     found: dict[str, str] = {}
     for line, row in _rows(path):
         if len(row) != 2:
@@ -170,7 +175,7 @@ def _read_names(path: str | Path) -> dict[str, str]:
 def _rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of each row that is not blank."""
     try:
-        text = b"".join(text_blocks(path)).decode("utf-8")
+        text = b"".join(text_blocks(path, wanted=TABLE)).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError.at(shown(path), None, f"not UTF-8 text (byte {error.start}); is this a table?") from None
     first = text.lstrip("\n").split("\n", 1)[0]
@@ -182,7 +187,7 @@ def _rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
     except csv.Error as error:
         raise InputError.at(shown(path), reader.line_num, f"this row cannot be read: {error}") from None
     if not first.strip():
-        raise InputError.at(shown(path), None, "the file holds nothing but blanks; give a table with a header")
+        raise InputError.at(shown(path), None, f"the file holds nothing but blanks; give {TABLE}")
 
 
 def _draw(seed: int, sequence: NDArray[np.uint8]) -> int:

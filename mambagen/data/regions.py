@@ -26,9 +26,7 @@ def read_regions(path: str | Path, store: SequenceStore) -> list[Region]:
     Raises InputError with file and line for a row that is no region of one of the records, or where there is none.
     """
     name = shown(path)
-    if str(path) != "-" and Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise InputError.at(name, None, "the file is empty; give a BED file (record, start, end)")
-    text = b"".join(text_blocks(path)).decode("utf-8", errors="replace")
+    text = b"".join(text_blocks(path, wanted="a BED file (record, start, end)")).decode("utf-8", errors="replace")
     regions = list(_rows(name, text, store))
     if not regions:
         raise InputError.at(name, None, "it holds no region; a row is: record, start, end")

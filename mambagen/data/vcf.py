@@ -120,13 +120,11 @@ def _checked(line: VcfLine) -> VcfLine:
 
 def _text_lines(path: Path) -> Iterator[str]:
     """The lines without their ends."""
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError.at(path, None, "the file is empty; give a VCF file")
     if _is_bcf(path):
         yield from _bcf_lines(path)
         return
     rest = ""
-    for block in text_blocks(path):
+    for block in text_blocks(path, wanted="a VCF file"):
         *lines, rest = (rest + block.decode("utf-8", errors="surrogateescape")).split("\n")
         yield from lines
     if rest:

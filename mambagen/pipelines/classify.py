@@ -128,7 +128,8 @@ def each_file(read: Callable[[Path | str], Iterator[Row]], paths: Sequence[Path 
                 done += 1
                 yield row
         except InputError as error:
-            before = f" (the {done:,} records before it have their rows; what follows it was not read)"
+            those = "record before it has its row" if done == 1 else f"{done:,} records before it have their rows"
+            before = f" (the {those}; what follows it was not read)"
             failures.append(InputError(f"{error}{before if done else ''}"))
     if failures:
         raise InputError("; ".join(str(failure) for failure in failures))

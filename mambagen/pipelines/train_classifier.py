@@ -6,6 +6,7 @@ From Python:
     result = train_classifier(TrainClassifierConfig(data="train.csv", test="test.csv", start_from="runs/bigs/..."))
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from mambagen.data.dna_tokens import DnaTokenizer
-from mambagen.data.labelled import Labelled, read_labelled
+from mambagen.data.labelled import Labelled, read_labelled, read_names
 from mambagen.errors import InputError, UsageError
 from mambagen.models import MAMBA_SIZES, load_model
 from mambagen.models.encoders import count_parameters, match_parameters
@@ -37,6 +38,8 @@ from mambagen.training.loop import choose_device, set_threads, train
 from mambagen.training.progress import Progress
 from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
 from mambagen.training.run_folder import RunFolder, read_metrics
+
+log = logging.getLogger("mambagen")
 
 DEFAULT_ENCODER = "bigs"
 BEST = "model"  # the folder of a run that holds its best model
@@ -173,7 +176,17 @@ def read_data(config: TrainClassifierConfig, progress: Progress) -> Data:
     for part in (valid_part, test_part):
         if part is not None:
             part.indices(classes)  # says which label is unknown before anything is trained
+    if config.labels not in (None, "-"):
+        _warn_of_unused(config.labels, [part for part in (train_part, valid_part, test_part) if part is not None])
     return Data(train_part, valid_part, test_part, classes)
+
+
+def _warn_of_unused(labels: str, parts: list[Labelled]) -> None:
+    """A label without its record is mostly a name that is spelt otherwise in the FASTA, or a wrong file."""
+    unused = sorted(read_names(labels).keys() - {name for part in parts for name in part.names})
+    if unused:
+        named = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        log.warning("%s: %d of its names are no record of the sequence files: %s", labels, len(unused), named)
 
 
 def new_model(config: TrainClassifierConfig, classes: tuple[str, ...]) -> SequenceClassifier:

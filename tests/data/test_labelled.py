@@ -53,7 +53,7 @@ def test_a_fasta_takes_its_labels_from_a_file(labels: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "a.csv: the file is empty"),
+        ("", "a.csv: the file is empty; give a CSV or TSV table, or a FASTA with --labels"),
         ("\n\n", "a.csv: the file holds nothing but blanks"),
         ("sequence,label\n", "a.csv: the table has a header and no rows"),
         ("seq,label\nACGT,1\n", "a.csv:1: no column 'sequence'; the header has seq, label (see --sequence-column)"),

@@ -174,7 +174,7 @@ def test_a_pretrained_encoder_is_gone_on_with(run: Run, data: tuple[Path, Path, 
 @pytest.mark.parametrize(
     ("text", "more", "code", "told"),
     [
-        ("", [], 3, "t.csv: the file is empty"),
+        ("", [], 3, "t.csv: the file is empty; give a CSV or TSV table"),
         ("sequence,label\nACGT,1\nCCGT,1\n", [], 3, "t.csv: all rows have the label '1'; a classifier needs two"),
         ("sequence,label\nACGT,1\nCCGT,2\n", [], 3, "t.csv: 2 rows are too few to hold any out"),
         ("sequence,label\nMKVL,1\n", [], 3, "t.csv:2: 'L' is no DNA letter"),
@@ -192,6 +192,17 @@ def test_data_that_cannot_be_used_is_one_line_and_exit_code_3(
     assert (found, out, err.count("\n")) == (code, "", 1), err
     assert told in err
     assert not Path("runs").exists()
+
+
+def test_labels_without_a_record_are_named(run: Run, data: tuple[Path, Path, Path]) -> None:
+    Path("x.fa").write_text(">a\nACGTACGTAA\n>b\nGGGCCCGGGA\n")
+    Path("y.fa").write_text(">c\nACGTACGTCC\n>e\nGGGCCCGGGT\n")
+    Path("labels.tsv").write_text("a\tyes\nb\tno\nc\tno\nd\tyes\ne\tyes\n")
+    common = ("train-classifier", "--config", "tiny.toml", "--labels", "labels.tsv", "--data", "x.fa", "--no-baseline")
+    code, _, err = run(*common, "--valid", "y.fa", "--steps", 1, "--out", "one")
+    assert (code, "labels.tsv: 1 of its names are no record of the sequence files: d\n" in err) == (0, True), err
+    code, _, err = run(*common, "--valid", "x.fa", "--steps", 1, "--out", "two")
+    assert (code, "3 of its names are no record of the sequence files: c, d, e\n" in err) == (0, True), err
 
 
 def test_usage_and_models_that_do_not_fit(run: Run, data: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -524,7 +524,8 @@ def test_bad_files_are_named_and_the_others_are_done(
     assert found[-2:] == ["r1", "r2"]
     assert len(found) == 2 + rows
     if rows and "all of its" not in told:
-        assert f"the {rows} records before it have their rows; what follows it was not read" in err
+        those = "record before it has its row" if rows == 1 else f"{rows} records before it have their rows"
+        assert f"the {those}; what follows it was not read" in err
 
 
 def test_names_need_not_be_ascii_and_stdin_is_read(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
