@@ -202,7 +202,11 @@ def as_table(result: "PretrainDnaResult") -> str:
         "",
         f"checkpoint  {result.checkpoint}",
         f"report      {result.run / 'report.html'}",
-        f"train on    mambagen pretrain-dna --resume {result.run} --minutes {longer(result)}",
+        *(
+            []
+            if result.warning
+            else [f"train on    mambagen pretrain-dna --resume {result.run} --minutes {longer(result)}"]
+        ),
         "your data   mambagen pretrain-dna --data GENOME.fa.gz --size 1.4m --minutes 60",
     ]
     return "\n".join(lines)
@@ -255,6 +259,7 @@ def as_machine(result: "PretrainDnaResult") -> str:
             if result.loss is None
             else {"loss": result.loss, "perplexity": math.exp(result.loss), **accuracy, "targets": result.targets},
             "baselines": baselines,
+            "warning": result.warning,
         },
         indent=1,
     )

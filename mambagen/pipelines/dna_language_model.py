@@ -77,18 +77,28 @@ class DnaLanguageTask:
         )
 
     def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:
-        """Mean loss in nats a base and perplexity over the held-out windows (a part of them if `quick`)."""
+        """Mean loss in nats a base and perplexity over the held-out windows (a part of them if `quick`).
+
+        If not quick, also `look_loss` and `look_targets`: the same on the windows of the quick ones.
+        """
         windows = self.held_out_quick if quick else self.held_out
+        if not windows.targets:
+            return {}
+        loss = self._mean_loss(model, windows)
+        self.last_evaluation = {"loss": loss, "perplexity": math.exp(loss), "targets": windows.targets}
+        if quick:
+            return self.last_evaluation
+        part = self.held_out_quick
+        look = loss if part.targets == windows.targets else self._mean_loss(model, part)
+        return self.last_evaluation | {"look_loss": look, "look_targets": part.targets}
+
+    def _mean_loss(self, model: nn.Module, windows: FixedWindows) -> float:
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for batch in windows:
             tensors = {"inputs": torch.from_numpy(batch.inputs), "targets": torch.from_numpy(batch.targets)}
             total += self.loss(model, {name: tensor.to(device) for name, tensor in tensors.items()}).double()
-        if not windows.targets:
-            return {}
-        loss = total.item() / windows.targets
-        self.last_evaluation = {"loss": loss, "perplexity": math.exp(loss), "targets": windows.targets}
-        return self.last_evaluation
+        return total.item() / windows.targets
 
     def model_files(self, model: nn.Module) -> dict[str, Writer]:
         """The files of the model folder."""

@@ -88,9 +88,23 @@ class MaskedDnaTask:
     def evaluate(self, model: nn.Module, quick: bool) -> dict[str, float]:
         """Mean loss in nats a masked base, perplexity and accuracy on the held-out windows (a part of them if `quick`).
 
-        Accuracy is the share of masked bases whose likeliest guess is right.
+        Accuracy is the share of masked bases whose likeliest guess is right. If not quick, also `look_loss` and
+        `look_targets`: the loss on the windows of the quick ones.
         """
         windows = self.held_out_quick if quick else self.held_out
+        if not windows.targets:
+            return {}
+        loss, accuracy = self._measure(model, windows)
+        figures = {"loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy, "targets": windows.targets}
+        self.last_evaluation = figures
+        if quick:
+            return figures
+        part = self.held_out_quick
+        look = loss if part.targets == windows.targets else self._measure(model, part)[0]
+        return figures | {"look_loss": look, "look_targets": part.targets}
+
+    def _measure(self, model: nn.Module, windows: MaskedWindows) -> tuple[float, float]:
+        """Mean loss and accuracy."""
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         right = torch.zeros((), dtype=torch.int64, device=device)
@@ -100,16 +114,7 @@ class MaskedDnaTask:
             logits = model(torch.from_numpy(inputs).to(device), mask)
             total += masked_loss(logits, wanted).double()
             right += (logits.argmax(-1) == wanted).sum()
-        if not windows.targets:
-            return {}
-        loss = total.item() / windows.targets
-        self.last_evaluation = {
-            "loss": loss,
-            "perplexity": math.exp(loss),
-            "accuracy": right.item() / windows.targets,
-            "targets": windows.targets,
-        }
-        return self.last_evaluation
+        return total.item() / windows.targets, right.item() / windows.targets
 
     def model_files(self, model: nn.Module) -> dict[str, Writer]:
         """The files of the model folder."""

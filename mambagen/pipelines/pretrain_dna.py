@@ -35,7 +35,8 @@ from mambagen.pipelines.pretrain_dna_config import DEFAULT_ENCODER, ENCODER_LR, 
 from mambagen.pipelines.run_reports import report_pretraining
 from mambagen.reports.loss_plot import draw_loss
 from mambagen.training.checkpoint import Checkpoint, newest_checkpoint
-from mambagen.training.loop import choose_device, set_threads, train
+from mambagen.training.looks import end_is_worse, look_loss, training_loss_fell
+from mambagen.training.loop import TrainResult, choose_device, set_threads, train
 from mambagen.training.progress import Progress
 from mambagen.training.resume import changed_settings, refuse_changes, refuse_other_data
 from mambagen.training.run_folder import RunFolder, read_metrics
@@ -74,6 +75,7 @@ class PretrainDnaResult:
     held_out: str
     objective: str = "ar"  # where it is "mlm", the keys of `baselines` are bases on either side
     accuracy: float | None = None  # of masked bases
+    warning: str | None = None  # one line, where the last weights are worse than those of a look on the way
 
 
 def pretrain_dna(
@@ -283,6 +285,9 @@ def _train_and_report(
         raise
     baselines = job.baselines.result()
     draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(config, baselines, uniform), title)
+    warning = _worse(config, read_metrics(run.metrics_file), result)
+    if warning:
+        log.warning("%s", warning)
     finished = PretrainDnaResult(
         run=run.path,
         checkpoint=result.checkpoint,
@@ -299,10 +304,28 @@ def _train_and_report(
         held_out=job.held_out,
         objective=config.objective,
         accuracy=result.held_out.get("accuracy"),
+        warning=warning,
     )
     lines, rows = _lines(config, baselines, uniform), read_metrics(run.metrics_file)
     report_pretraining(finished, title, lines, rows, to_keep(config).model_dump())
     return finished
+
+
+def _worse(config: PretrainDnaConfig, rows: list[dict[str, Any]], result: TrainResult) -> str | None:
+    """What is to be said where held-out bases were better known on the way; no weights of then are kept."""
+    best = end_is_worse(rows, result.held_out)
+    if best is None:
+        return None
+    why, advice = "and the training loss did not fall", "a lower --lr"
+    if training_loss_fell(rows, best["step"]):
+        why = "while the training loss fell: the data were learnt by heart"
+        fewer = "--minutes" if config.steps is None else "--tokens" if config.tokens else "--steps"
+        advice = f"fewer {fewer}, a smaller --size or more data"
+    return (
+        f"perplexity on the {result.held_out['look_targets']:,} held-out bases of the looks rose from "
+        f"{math.exp(look_loss(best)):.4f} at step {best['step']:,} to {math.exp(result.held_out['look_loss']):.4f} at "
+        f"step {result.position.step:,} {why}; train again with {advice}"
+    )
 
 
 def choose_recompute(model: torch.nn.Module, recompute: str) -> None:

@@ -35,6 +35,8 @@ def report_pretraining(
             "checkpoint": result.checkpoint.name,
         },
     )
+    if result.warning:
+        page.text(f"Warning: {result.warning}.")
     page.heading("On held-out bases")
     if result.loss is None:
         page.text("Nothing is held out, so nothing is measured.")

@@ -27,6 +27,22 @@ def best_look(rows: Sequence[Row]) -> Row | None:
     return min((row for row in rows if "valid_loss" in row), key=look_loss, default=None)
 
 
+def end_is_worse(rows: Sequence[Row], at_end: Mapping[str, float]) -> Row | None:
+    """The row of the best look where the last weights are worse on the looks' part by more than noise, else None.
+
+    For jobs that keep no weights of the best look and so cannot compare window by window: the difference of two
+    models' losses on one target is taken to deviate by a nat, which is more than it does.
+
+    Args:
+        at_end: figures of the last weights, `look_loss` and `look_targets` among them.
+    """
+    best = best_look(rows)
+    if best is None or not at_end:
+        return None
+    noise = STANDARD_ERRORS / np.sqrt(at_end["look_targets"])
+    return best if at_end["look_loss"] - look_loss(best) > max(MARGIN, noise) else None
+
+
 def training_loss_fell(rows: Sequence[Row], since: int) -> bool:
     """Whether the training loss is lower at the end than it was at the step `since`, both in the mean of some steps."""
     steps = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]

@@ -34,6 +34,38 @@ def write_fasta(file: Path, records: dict[str, str]) -> Path:
     return file
 
 
+def test_a_run_that_learnt_its_bases_by_heart_says_so(pretrain: Pretrain, tmp_path: Path) -> None:
+    """400 random bases to train on and 3,600 held out, of which nothing can be known."""
+    data = write_fasta(tmp_path / "noise.fa", {"train": random_dna(400), "held": random_dna(3600, 1)})
+    options = ("--data", data, "--valid-records", "held", "--batch-tokens", 256, "--lr", 0.03, "--save-every", 300)
+    code, out, err = pretrain(*options, "--steps", 300, "--out", "run")
+    assert code == 0, err
+    looks = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid_loss" in row]
+    *on_the_way, end = looks
+    assert end["valid_targets"] > end["valid_look_targets"] == on_the_way[0]["valid_targets"]
+    best = min(on_the_way, key=lambda row: row["valid_loss"])
+    said = [line for line in err.splitlines() if not line.startswith("step ")]
+    assert len(said) == 1
+    assert f"on the {end['valid_look_targets']:,} held-out bases of the looks rose from" in said[0]
+    assert f"{math.exp(best['valid_loss']):.4f} at step {best['step']} to" in said[0]
+    assert f"to {math.exp(end['valid_look_loss']):.4f} at step 300 while the training loss fell" in said[0]
+    assert "fewer --steps" in said[0]
+    assert "train on" not in out
+    assert said[0].removeprefix("mambagen: warning: ") in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("objective", ["ar", "mlm"], ids=["next", "masked"])
+def test_all_looks_are_compared_on_the_same_bases(pretrain: Pretrain, tmp_path: Path, objective: str) -> None:
+    data = write_fasta(tmp_path / "noise.fa", {"train": random_dna(400), "held": random_dna(3600, 1)})
+    own = ("--encoder", "bert") if objective == "mlm" else ()
+    options = ("--data", data, "--valid-records", "held", "--objective", objective, *own, "--steps", 8, "--lr", 1e-12)
+    code, out, err = pretrain(*options, "--out", "still", "--json")  # nothing changes
+    assert (code, json.loads(out)["warning"]) == (0, None), err
+    looks = [row for row in read_metrics(tmp_path / "still" / "metrics.jsonl") if "valid_loss" in row]
+    assert looks[0]["valid_loss"] == pytest.approx(looks[-1]["valid_look_loss"], rel=1e-6)
+    assert looks[-1]["valid_look_targets"] < looks[-1]["valid_targets"]
+
+
 def test_a_run_leaves_a_table_a_folder_and_a_model_that_loads(pretrain: Pretrain, tmp_path: Path) -> None:
     code, out, err = pretrain("--out", "run")
     assert code == 0, err

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mambagen.training.looks import best_look, look_loss, rose, training_loss_fell
+from mambagen.training.looks import best_look, end_is_worse, look_loss, rose, training_loss_fell
 
 LOOKS = [(412, 2.4815), (991, 5.6917), (1171, 2.9228), (2794, 20.2798), (3200, 2.3694), (3605, 5.4559)]
 PIANO: list[dict[str, Any]] = [{"step": step, "valid_loss": loss} for step, loss in LOOKS]
@@ -57,3 +57,12 @@ def test_windows_of_other_lengths_are_not_noise() -> None:
     assert rose(7.0 * targets, np.array([15.5, 16.0]) * targets, targets)
     alike = np.array([400, 400])
     assert not rose(7.0 * alike, np.array([7.0, 16.0]) * alike, alike)
+
+
+def test_where_no_weights_are_kept_few_targets_say_little() -> None:
+    assert end_is_worse(PIANO, {}) is None
+    assert end_is_worse([], {"look_loss": 9.0, "look_targets": 100}) is None
+    assert end_is_worse(PIANO, {"look_loss": 7.7, "look_targets": 504_059}) == PIANO[4]
+    assert end_is_worse(PIANO, {"look_loss": 2.41, "look_targets": 504_059}) == PIANO[4]
+    assert end_is_worse(PIANO, {"look_loss": 2.374, "look_targets": 504_059}) is None  # below the margin
+    assert end_is_worse(PIANO, {"look_loss": 2.41, "look_targets": 400}) is None  # two errors are 0.1 nats
