@@ -143,8 +143,8 @@ def prepare(arguments: argparse.Namespace) -> None:
         }
         for phase in PHASES:
             shutil.rmtree(place / phase, ignore_errors=True)
-            shards, warnings = prepare_shards(sets[phase], place / phase, MuLaw(), source=f"digits, phase {phase}")
-            for line in warnings:
+            shards = prepare_shards(sets[phase], place / phase, MuLaw(), source=f"digits, phase {phase}")
+            for line in shards.index.remarks:
                 print(f"{phase}: {line}", file=sys.stderr)
             counts = {split: (entry.clips, entry.samples) for split, entry in shards.index.splits.items()}
             print(f"{phase}: {counts}")

@@ -59,6 +59,7 @@ class ShardIndex(BaseModel):
     labels: tuple[str, ...]
     splits: dict[Split, SplitEntry]
     warnings: dict[str, int] = {}  # kind -> files
+    remarks: tuple[str, ...] = ()  # the same and the files left out, as lines to be shown
     source: str = ""  # in words
 
 
@@ -141,7 +142,7 @@ def prepare_shards(
     skip_bad: bool = False,
     source: str = "",
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[AudioShards, list[str]]:
+) -> AudioShards:
     """Decode all clips into a folder of shards.
 
     Clips without a split are divided here: with ten files or more of that kind, a `valid_fraction` of the files (picked
@@ -153,7 +154,7 @@ def prepare_shards(
         progress: called with the files that are done, and their number.
 
     Returns:
-        The shards, and warnings as lines, one a kind ("3 of 20 files: resampled from 44,100 to 16,000 Hz").
+        The shards; `index.remarks` are warnings, one a kind ("3 of 20 files, as a.wav: resampled from 44,100 to ...").
 
     Raises:
         InputError: files that cannot be read, or nothing to train on.
@@ -191,11 +192,15 @@ def prepare_shards(
             raise InputError(_bad_files(bad, done))
         if "train" not in writers:
             raise InputError(f"{source or 'the audio'}: nothing is left to train on: all clips are held out")
+        left_out = [f"left out: {text}" for text in bad[:NAMED]]
+        if len(bad) > NAMED:
+            left_out.append(f"left out: {len(bad):,} of {done:,} files in all")
         index = ShardIndex(
             quantiser=quantiser,  # type: ignore[arg-type] # one of AnyQuantiser, as there are no others
             labels=labels,
             splits={split: writers[split].close() for split in SPLITS if split in writers},
             warnings=dict(seen.counts),
+            remarks=(*left_out, *seen.lines(done)),
             source=source,
         )
         (partial / INDEX).write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n", "utf-8")
@@ -206,10 +211,7 @@ def prepare_shards(
         for writer in writers.values():
             writer.abandon()
         shutil.rmtree(partial, ignore_errors=True)
-    left_out = [f"left out: {text}" for text in bad[:NAMED]]
-    if len(bad) > NAMED:
-        left_out.append(f"left out: {len(bad):,} of {done:,} files in all")
-    return AudioShards(target), [*left_out, *seen.lines(done)]
+    return AudioShards(target)
 
 
 def divide(clips: Sequence[ClipSource], valid_fraction: float) -> tuple[list[ClipSource], bool]:

@@ -36,7 +36,7 @@ class AudioRequest:
 
 
 def open_audio(request: AudioRequest, shards: Path | None = None, progress: Progress | None = None) -> AudioShards:
-    """The shards of a request, prepared now or before; warnings about the files go to the log.
+    """The shards of a request, prepared now or before; warnings about the files go to the log, each time.
 
     Args:
         shards: where to keep them (default: in the cache).
@@ -44,7 +44,13 @@ def open_audio(request: AudioRequest, shards: Path | None = None, progress: Prog
     Raises:
         InputError, ResourceError: see `find_clips`, `prepare_shards`.
     """
-    progress = progress or Progress()
+    found = _shards(request, shards, progress or Progress())
+    for line in found.index.remarks:
+        log.warning("%s", line)
+    return found
+
+
+def _shards(request: AudioRequest, shards: Path | None, progress: Progress) -> AudioShards:
     if not request.data:
         raise UsageError(
             "no audio is given: --data takes names of data sets (mambagen data list), folders, lists, tables"
@@ -73,7 +79,7 @@ def open_audio(request: AudioRequest, shards: Path | None = None, progress: Prog
         progress.state(f"preparing the audio: {files:,} of {total:,} files ...")
 
     try:
-        found, warnings = prepare_shards(
+        return prepare_shards(
             clips,
             place,
             request.quantiser,
@@ -86,9 +92,6 @@ def open_audio(request: AudioRequest, shards: Path | None = None, progress: Prog
     except OSError as error:
         where, what = error.filename or place, error.strerror or error
         raise ResourceError(f"{where}: {what}; --shards DIR keeps the prepared audio elsewhere") from error
-    for line in warnings:
-        log.warning("%s", line)
-    return found
 
 
 def clips_of(request: AudioRequest) -> list[ClipSource]:

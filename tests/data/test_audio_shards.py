@@ -85,8 +85,8 @@ def test_a_table_names_parts_of_files(tmp_path: Path) -> None:
     assert [(c.start, c.frames, c.label, c.speaker, c.split) for c in clips] == [
         (0, 4000, "three", "ann", "train"), (4000, 2000, "zero", "bob", "valid"), (6000, None, "", "cid", "test"),
     ]  # fmt: skip
-    shards, warnings = prepare_shards(clips, tmp_path / "shards")
-    assert warnings == []
+    shards = prepare_shards(clips, tmp_path / "shards")
+    assert shards.index.remarks == ()
     tokens = MuLaw().encode(read_audio(tmp_path / "audio" / "all.flac").samples)
     np.testing.assert_array_equal(shards["train"].clip(0), tokens[:4000])
     np.testing.assert_array_equal(shards["valid"].clip(0), tokens[4000:6000])
@@ -141,20 +141,20 @@ def test_lists_folders_and_files_go_together(tmp_path: Path) -> None:
 def test_a_folder_of_files_has_a_tenth_of_them_held_out_and_always_the_same(tmp_path: Path) -> None:
     for i in range(20):
         write(tmp_path / "in" / f"{i}.wav", sound(0.05, i))
-    first, _ = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "one")
+    first = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "one")
     assert (len(first["train"]), len(first["valid"])) == (18, 2)
     os.rename(tmp_path / "in", tmp_path / "elsewhere")
-    again, _ = prepare_shards(find_clips([tmp_path / "elsewhere"]), tmp_path / "two")
+    again = prepare_shards(find_clips([tmp_path / "elsewhere"]), tmp_path / "two")
     assert {Path(name).name for name in again["valid"].names} == {Path(name).name for name in first["valid"].names}
 
 
 def test_of_few_files_the_ends_are_held_out(tmp_path: Path) -> None:
     paths = [write(tmp_path / "in" / f"{i}.wav", sound(0.5, i)) for i in range(2)]
-    shards, _ = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "shards", valid_fraction=0.25)
+    shards = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "shards", valid_fraction=0.25)
     tokens = MuLaw().encode(read_audio(paths[1]).samples)
     np.testing.assert_array_equal(shards["train"].clip(1), tokens[:6000])
     np.testing.assert_array_equal(shards["valid"].clip(1), tokens[6000:])
-    whole, _ = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "all", valid_fraction=0)
+    whole = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "all", valid_fraction=0)
     assert list(whole.index.splits) == ["train"]
     assert len(whole["valid"]) == 0
 
@@ -168,14 +168,15 @@ def test_bad_files_are_all_named_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"empty\.wav: is empty.*text\.wav: is text.*2 of 7 files cannot be used"):
         prepare_shards(clips, tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
-    shards, warnings = prepare_shards(clips, tmp_path / "shards", skip_bad=True)
+    shards = prepare_shards(clips, tmp_path / "shards", skip_bad=True)
+    warnings = shards.index.remarks
     assert len(shards["train"]) == 5
     assert any("4 of 7 files, as" in line and "resampled from 8,000 to 16,000 Hz" in line for line in warnings)
     assert sum(line.startswith("left out") for line in warnings) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "shards"]
     for i in range(3):
         (tmp_path / "in" / f"more{i}.wav").write_text("no sound")
-    _, warnings = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "again", skip_bad=True)
+    warnings = prepare_shards(find_clips([tmp_path / "in"]), tmp_path / "again", skip_bad=True).index.remarks
     left_out = [line for line in warnings if line.startswith("left out")]
     assert len(left_out) == 4  # three by name
     assert left_out[-1] == "left out: 5 of 10 files in all"
@@ -206,7 +207,7 @@ def shards(tmp_path: Path) -> AudioShards:
         rows.append(f"all.wav,{at},{400 + 100 * k},{k},train")
         at += 400 + 100 * k
     (tmp_path / "index.csv").write_text("\n".join(rows) + "\n")
-    return prepare_shards(find_clips([tmp_path / "index.csv"]), tmp_path / "shards")[0]
+    return prepare_shards(find_clips([tmp_path / "index.csv"]), tmp_path / "shards")
 
 
 def test_every_epoch_takes_each_clip_once_in_another_order(shards: AudioShards) -> None:
@@ -267,7 +268,7 @@ def test_shifts_put_silence_in_front(shards: AudioShards) -> None:
 
 def test_gain_and_speed_change_a_tone_by_what_they_say(tmp_path: Path) -> None:
     write(tmp_path / "tone.wav", 0.25 * np.sin(2 * np.pi * 500 * np.arange(RATE) / RATE))
-    shards, _ = prepare_shards(find_clips([tmp_path / "tone.wav"]), tmp_path / "shards", valid_fraction=0)
+    shards = prepare_shards(find_clips([tmp_path / "tone.wav"]), tmp_path / "shards", valid_fraction=0)
     change = Augmentation(gain_db=6, speed=0.1)
     batch = TrainingWindows(shards["train"], 8000, 12, 0, MuLaw(), augmentation=change).batch(0)
     for tokens, (_, _, words) in zip(batch.tokens, batch.where, strict=True):

@@ -16,7 +16,7 @@ def test_chains_are_the_counts_by_hand(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     walk = np.cumsum(rng.choice([-0.02, 0.0, 0.02], 30_000)) % 0.5
     soundfile.write(tmp_path / "a.wav", walk, 16_000)
-    shards, _ = prepare_shards(find_clips([tmp_path / "a.wav"]), tmp_path / "shards", valid_fraction=0.1)
+    shards = prepare_shards(find_clips([tmp_path / "a.wav"]), tmp_path / "shards", valid_fraction=0.1)
     windows = HeldOutWindows(shards["valid"], 1000, 4)
     losses = ByteChains(shards["train"]).losses(windows)
 

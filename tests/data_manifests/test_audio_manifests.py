@@ -102,3 +102,23 @@ def test_sc09_takes_the_digits_and_keeps_what_was_prepared(tmp_path: Path, monke
     assert open_audio(request).folder != shards.folder  # a file that changed is read anew
     with pytest.raises(InputError, match="was prepared as mu-law at 16,000 Hz, not mu-law at 8,000 Hz"):
         open_audio(AudioRequest((str(shards.folder),), MuLaw(rate=8000)))
+
+
+def test_what_was_done_to_the_files_is_said_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MAMBAGEN_HOME", str(tmp_path / "home"))
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        samples = np.random.default_rng(i).normal(0, 0.1, 4_000)
+        soundfile.write(tmp_path / "in" / f"{i}.wav", samples, 8_000 if i < 2 else 16_000)
+    request = AudioRequest((str(tmp_path / "in"),), MuLaw())
+    said = []
+    for given in (request, request, AudioRequest((str(open_audio(request).folder),), MuLaw())):
+        caplog.clear()
+        open_audio(given)
+        said.append([record.getMessage() for record in caplog.records if record.levelname == "WARNING"])
+    assert said[0] == said[1] == said[2]
+    assert len(said[0]) == 1
+    assert said[0][0].startswith("2 of 3 files, as ")
+    assert "resampled from 8,000 to 16,000 Hz" in said[0][0]
