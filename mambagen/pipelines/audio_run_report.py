@@ -164,7 +164,8 @@ def _loss_figure(rows: Sequence[Mapping[str, Any]], looks: Sequence[Mapping[str,
     top = float(np.quantile(bits, 0.98))
     if held:  # a rise is seen, as far as what knows nothing
         top = max(top, min(max(row["valid_loss"] for row in held) * BITS, np.log2(256)))
-    axes.set_ylim(top=top * 1.05)
+    low = min([float(bits.min()), *(row["valid_loss"] * BITS for row in held)])
+    axes.set_ylim(0.95 * low, 1.05 * top)
     axes.set_xlabel("samples seen in training")
     axes.set_ylabel("bits a byte")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
