@@ -111,14 +111,28 @@ def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape} {meaning}")
 
 
-def triton_or_torch(op: str, backend: str, x: Tensor) -> str:
+def triton_or_torch(
+    op: str, backend: str, x: Tensor, name: str | None = None, more: tuple[str, ...] = (), **facts: object
+) -> str:
     """The backend of an op that is either Triton kernels or what torch does anyway: "triton" or "torch".
 
     "auto" is Triton where x is on a GPU and the kernels can run; "triton" raises ValueError where they cannot. Without
     elements there is nothing to launch.
+
+    Args:
+        name: what errors call the op, where that is not its folder's name.
+        more: other backends that the op has, for errors to name.
+        facts: what the Triton module's `unsupported` asks for.
     """
+    name = name or op
     if backend == "auto":
-        return "triton" if x.is_cuda and x.numel() and _unsupported(op, "triton", x, {}) is None else "torch"
+        return "triton" if x.is_cuda and x.numel() and _unsupported(op, "triton", x, facts) is None else "torch"
     if backend not in ("triton", "torch"):
-        raise ValueError(f"{op}: backend is {backend!r}; it must be one of auto, triton, torch")
-    return choose_backend(op, backend, x) if backend == "triton" and x.numel() else "torch"
+        names = ", ".join(("auto", "triton", "torch", *more))
+        raise ValueError(f"{name}: backend is {backend!r}; it must be one of {names}")
+    if backend == "torch" or not x.numel():
+        return "torch"
+    reason = _unsupported(op, "triton", x, facts)
+    if reason:
+        raise ValueError(f"{name}: backend 'triton' cannot run this: {reason}")
+    return "triton"

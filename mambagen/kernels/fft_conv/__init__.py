@@ -9,7 +9,6 @@ Conjugates are made at once (`conj_physical`): what `conj` leaves for later is l
 registered ops.
 """
 
-import contextlib
 from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambagen.kernels.dispatch import backend_module, check_shape, choose_backend, entered_directly, is_plain_eager
+from mambagen.kernels.dispatch import backend_module, check_shape, entered_directly, is_plain_eager, triton_or_torch
 
 # Complex elements of a spectrum that are there at once. On a CPU a slab should fit the cache; on a GPU its kernels
 # should run for longer than it takes to launch them, and a training step should not need much more than its tensors:
@@ -26,7 +25,6 @@ from mambagen.kernels.dispatch import backend_module, check_shape, choose_backen
 SLAB_CPU, SLAB_GPU = 2**18, 2**24
 LEAST_ROWS = 4  # of a slab, however long they are: one channel at a time is read three times as slowly
 LEAST_CHANNELS = 32  # of a slab where rows enough fit: narrower ones read and write parts of cache lines
-BACKENDS = ("auto", "triton", "torch")
 
 
 def long_conv(x: Tensor, k: Tensor, reverse: bool = False, skip: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -50,7 +48,7 @@ def long_conv(x: Tensor, k: Tensor, reverse: bool = False, skip: Tensor | None =
     check_shape("long_conv", "skip", skip, (x.shape[2],), "(channels,)")
     if skip is not None:
         skip = skip.to(k.dtype)
-    backend = _chosen(backend, x, k)
+    backend = triton_or_torch("fft_conv", backend, x, "long_conv", k=k)
     run = _direct if is_plain_eager(x, k, skip) else _forward
     y: Tensor = run(x, k, skip, reverse, backend)
     return y
@@ -85,17 +83,6 @@ def slabs(x: Tensor, kernels: int, spectrum: int) -> Iterator[tuple[slice, list[
                 for b in range(0, batch, rows)
             ],
         )
-
-
-def _chosen(backend: str, x: Tensor, k: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"long_conv: backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        return choose_backend("fft_conv", "triton", x, k=k)  # ValueError where it cannot run
-    if backend == "auto" and x.is_cuda:
-        with contextlib.suppress(ValueError):
-            return choose_backend("fft_conv", "triton", x, k=k)
-    return "torch"
 
 
 def _triton() -> ModuleType:

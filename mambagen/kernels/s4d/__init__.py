@@ -9,12 +9,10 @@ reference.py      the recurrence, step by step
 README.md         the derivation
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
-from mambagen.kernels.dispatch import check_shape, choose_backend
+from mambagen.kernels.dispatch import check_shape, triton_or_torch
 from mambagen.kernels.fft_conv import long_conv
 from mambagen.kernels.s4d import chunked, toeplitz
 from mambagen.kernels.s4d.discretise import DISCRETISATIONS, coefficients, discretise
@@ -23,8 +21,6 @@ from mambagen.kernels.s4d.vandermonde import block_length, powers, vandermonde_p
 from mambagen.kernels.ssm_conv import Convolution, System, run_as_convolution
 
 __all__ = ["DISCRETISATIONS", "discretise", "s4d", "s4d_kernel", "s4d_reference", "s4d_step"]
-
-BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def s4d(
@@ -71,7 +67,7 @@ def s4d(
         y, final = s4d_reference(x, dt, A, C, D, discretisation, initial_state, resets, reverse)
         y = y.to(x.dtype)
         return (y, final) if return_final_state else y
-    backend = choose_kernel_backend(op, backend, x)
+    backend = triton_or_torch(op, backend, x, more=("reference",))
     resets = None if resets is None else resets.bool()
     with torch.autocast(x.device.type, enabled=False):
         system = _system(x, dt, A, C, D, discretisation, backend)
@@ -134,18 +130,6 @@ def check_call(
     if initial_state is not None and not initial_state.is_complex():
         raise ValueError(f"{op}: initial_state must be complex, not {initial_state.dtype}")
     check_shape(op, "resets", resets, (batch, length), "(batch, length)")
-
-
-def choose_kernel_backend(op: str, backend: str, x: Tensor) -> str:
-    """ "triton" or "torch", for the part of the work that has both."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        return choose_backend("s4d", "triton", x)  # ValueError where it cannot run
-    if backend == "auto" and x.is_cuda:
-        with contextlib.suppress(ValueError):
-            return choose_backend("s4d", "triton", x)
-    return "torch"
 
 
 def _complex(dtype: torch.dtype) -> torch.dtype:
