@@ -132,9 +132,11 @@ class PretrainAudioConfig(TrainConfig):
     @model_validator(mode="after")
     def _growing(self) -> "PretrainAudioConfig":
         if len(self.lengths) > 1 and self.steps is None:
-            raise ValueError("several lengths divide a budget in steps between them: give steps")
+            raise ValueError(
+                "several lengths share the steps of a run, which minutes do not say: give --steps in place of --minutes"
+            )
         if list(self.lengths) != sorted(self.lengths):
-            raise ValueError("lengths must grow")
+            raise ValueError("lengths must grow: give the shortest first")
         return self
 
     def audio(self, classes: tuple[str, ...] = ()) -> Quantiser:
