@@ -45,7 +45,6 @@ def text_blocks(path: str | Path, size: int = BLOCK, wanted: str = "a FASTA or G
 
     ``wanted`` is what to give in place of an empty file.
 
-
     Line ends are ``\\n``, whatever they were; a run of blanks is never cut in two, so that blanks at the end of a line
     can be told from blanks inside it. Raises InputError where the file is missing, unreadable, empty, cut off, damaged
     or not text.

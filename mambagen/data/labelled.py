@@ -86,14 +86,41 @@ class Labelled:
         return self.take(np.flatnonzero(~valid)), self.take(np.flatnonzero(valid))
 
 
+@dataclass(frozen=True)
+class RecordLabels:
+    """A file of labels: a table of record name and label, with or without a header (name, id or record, then label)."""
+
+    path: str
+    of: dict[str, str]  # by the record's name
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RecordLabels":
+        """InputError names the line of what cannot be used."""
+        found: dict[str, str] = {}
+        for line, row in _rows(path):
+            if len(row) != 2:
+                raise InputError.at(shown(path), line, f"{len(row)} columns; a file of labels has two, name and label")
+            name, label = (cell.strip() for cell in row)
+            if line == 1 and label.lower() in ("label", "class"):
+                continue
+            if not name or not label:
+                raise InputError.at(shown(path), line, f"no {'label' if name else 'name'} in this row")
+            if name in found:
+                raise InputError.at(shown(path), line, f"record '{name}' has a label already")
+            found[name] = label
+        if not found:
+            raise InputError.at(shown(path), None, "it holds no labels")
+        return cls(shown(path), found)
+
+
 def read_labelled(
     data: str | Path,
-    labels: str | Path | None,
+    labels: RecordLabels | str | Path | None,
     tokenizer: DnaTokenizer,
     sequence_column: str = "sequence",
     label_column: str = "label",
 ) -> Labelled:
-    """A table of sequences and labels, or a FASTA (GenBank) file with `labels`, a table of names and labels.
+    """A table of sequences and labels, or a FASTA (GenBank) file with `labels`, or the path of such a file.
 
     Raises:
         InputError: names file and line of what is missing or no DNA.
@@ -105,13 +132,14 @@ def read_labelled(
                 shown(data), None, "this is a sequence file; give the classes of its records by --labels"
             )
         return read_table(data, tokenizer, sequence_column, label_column)
-    by_name = read_names(labels)
+    if not isinstance(labels, RecordLabels):
+        labels = RecordLabels.read(labels)
     sequences, found, names, lines = [], [], [], []
     for record in read_records(data):
-        if record.id not in by_name:
-            raise InputError.at(record.path, record.line, f"record '{record.id}' has no label in {shown(labels)}")
+        if record.id not in labels.of:
+            raise InputError.at(record.path, record.line, f"record '{record.id}' has no label in {labels.path}")
         sequences.append(tokenizer.encode(record.sequence))
-        found.append(by_name[record.id])
+        found.append(labels.of[record.id])
         names.append(record.id)
         lines.append(record.line)
     return Labelled(sequences, found, names, lines, shown(data))
@@ -148,28 +176,6 @@ def read_table(
     if not sequences:
         raise InputError.at(shown(path), None, "the table has a header and no rows")
     return Labelled(sequences, labels, names, lines, shown(path))
-
-
-def read_names(path: str | Path) -> dict[str, str]:
-    """Record name -> label out of a table of two columns, with or without a header (name, id or record, then label).
-
-    InputError names the line of what cannot be used.
-    """
-    found: dict[str, str] = {}
-    for line, row in _rows(path):
-        if len(row) != 2:
-            raise InputError.at(shown(path), line, f"{len(row)} columns; a file of labels has two, name and label")
-        name, label = (cell.strip() for cell in row)
-        if line == 1 and label.lower() in ("label", "class"):
-            continue
-        if not name or not label:
-            raise InputError.at(shown(path), line, f"no {'label' if name else 'name'} in this row")
-        if name in found:
-            raise InputError.at(shown(path), line, f"record '{name}' has a label already")
-        found[name] = label
-    if not found:
-        raise InputError.at(shown(path), None, "it holds no labels")
-    return found
 
 
 def _rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:

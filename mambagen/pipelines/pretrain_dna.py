@@ -284,8 +284,9 @@ def _train_and_report(
         draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(config, known, uniform), title)
         raise
     baselines = job.baselines.result()
-    draw_loss(run.loss_plot, read_metrics(run.metrics_file), _lines(config, baselines, uniform), title)
-    warning = _worse(config, read_metrics(run.metrics_file), result)
+    lines, rows = _lines(config, baselines, uniform), read_metrics(run.metrics_file)
+    draw_loss(run.loss_plot, rows, lines, title)
+    warning = _worse(config, rows, result)
     if warning:
         log.warning("%s", warning)
     finished = PretrainDnaResult(
@@ -306,7 +307,6 @@ def _train_and_report(
         accuracy=result.held_out.get("accuracy"),
         warning=warning,
     )
-    lines, rows = _lines(config, baselines, uniform), read_metrics(run.metrics_file)
     report_pretraining(finished, title, lines, rows, to_keep(config).model_dump())
     return finished
 

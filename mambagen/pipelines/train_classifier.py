@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from mambagen.data.dna_tokens import DnaTokenizer
-from mambagen.data.labelled import Labelled, read_labelled, read_names
+from mambagen.data.labelled import Labelled, RecordLabels, read_labelled
 from mambagen.errors import InputError, UsageError
 from mambagen.models import MAMBA_SIZES, load_model
 from mambagen.models.encoders import count_parameters, match_parameters
@@ -157,8 +157,10 @@ def read_data(config: TrainClassifierConfig, progress: Progress) -> Data:
     progress.state("reading the data ...")
     set_threads(min(config.threads or torch.get_num_threads(), os.cpu_count() or 1))
 
+    labels = None if config.labels is None else RecordLabels.read(config.labels)
+
     def read(path: str) -> Labelled:
-        return read_labelled(path, config.labels, config.tokenizer(), config.sequence_column, config.label_column)
+        return read_labelled(path, labels, config.tokenizer(), config.sequence_column, config.label_column)
 
     train_part = read(config.data)
     classes = train_part.classes()
@@ -176,17 +178,17 @@ def read_data(config: TrainClassifierConfig, progress: Progress) -> Data:
     for part in (valid_part, test_part):
         if part is not None:
             part.indices(classes)  # says which label is unknown before anything is trained
-    if config.labels not in (None, "-"):
-        _warn_of_unused(config.labels, [part for part in (train_part, valid_part, test_part) if part is not None])
+    if labels is not None:
+        _warn_of_unused(labels, [part for part in (train_part, valid_part, test_part) if part is not None])
     return Data(train_part, valid_part, test_part, classes)
 
 
-def _warn_of_unused(labels: str, parts: list[Labelled]) -> None:
+def _warn_of_unused(labels: RecordLabels, parts: list[Labelled]) -> None:
     """A label without its record is mostly a name that is spelt otherwise in the FASTA, or a wrong file."""
-    unused = sorted(read_names(labels).keys() - {name for part in parts for name in part.names})
+    unused = sorted(labels.of.keys() - {name for part in parts for name in part.names})
     if unused:
         named = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        log.warning("%s: %d of its names are no record of the sequence files: %s", labels, len(unused), named)
+        log.warning("%s: %d of its names are no record of the sequence files: %s", labels.path, len(unused), named)
 
 
 def new_model(config: TrainClassifierConfig, classes: tuple[str, ...]) -> SequenceClassifier:

@@ -108,8 +108,11 @@ def slope(x, s):
 
 
 @triton.jit
-def gate_gradients(g, u, v, GELU: tl.constexpr):
-    """The gradients of u and v, g being that of their product."""
+def gate_gradients(dy, a, b, da, db, at, inside, GELU: tl.constexpr):
+    """The gradients of a and b at some elements, stored and given."""
+    g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
     if GELU:
         s, t = share(u), share(v)
         du = g * (v * t) * slope(u, s)
@@ -117,6 +120,8 @@ def gate_gradients(g, u, v, GELU: tl.constexpr):
     else:
         du = g * v
         dv = g * u
+    tl.store(da + at, du.to(da.dtype.element_ty), mask=inside)
+    tl.store(db + at, dv.to(db.dtype.element_ty), mask=inside)
     return du, dv
 
 
@@ -136,12 +141,7 @@ def gate_kernel(a, b, y, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
 def gate_gradients_kernel(dy, a, b, da, db, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
-    du, dv = gate_gradients(g, u, v, GELU)
-    tl.store(da + at, du.to(da.dtype.element_ty), mask=inside)
-    tl.store(db + at, dv.to(db.dtype.element_ty), mask=inside)
+    gate_gradients(dy, a, b, da, db, at, inside, GELU)
 
 
 @triton.jit(do_not_specialize=["rows", "each"])
@@ -156,12 +156,7 @@ def gate_sums_kernel(
         row = (k * tl.num_programs(1) + tl.program_id(1)) * TILE + tl.arange(0, TILE)
         inside = (row[:, None] < rows) & (column[None, :] < D)
         at = row.to(tl.int64)[:, None] * D + column[None, :]
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
-        du, dv = gate_gradients(g, u, v, GELU)
-        tl.store(da + at, du.to(da.dtype.element_ty), mask=inside)
-        tl.store(db + at, dv.to(db.dtype.element_ty), mask=inside)
+        du, dv = gate_gradients(dy, a, b, da, db, at, inside, GELU)
         first += du
         second += dv
     to = partial + tl.program_id(1) * 2 * D + column

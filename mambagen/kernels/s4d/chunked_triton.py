@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambagen.kernels.launching import on_device_of, processors
-from mambagen.kernels.s4d.triton import powers
+from mambagen.kernels.s4d.triton import load_pairs, pairs, powers, store_moments
 
 # What products take. Triton's interpreter multiplies bfloat16 as the integers that hold it; float32 keeps the values.
 FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16)
@@ -81,7 +81,7 @@ class _Tables(NamedTuple):
         tables = _Tables(*made, torch.empty(ssms, 2, state, dtype=torch.float32, device=z.device))
         blocks = triton.cdiv(CHUNK + 1, ROWS)
         chunk_tables_kernel[(ssms * blocks,)](
-            _pairs(c), _pairs(z), *tables, blocks,
+            pairs(c), pairs(z), *tables, blocks,
             STATE=state, LANES=LANES, CHUNK=CHUNK, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
         return tables
@@ -136,7 +136,7 @@ def _segment_starts(x: Tensor, cut: _Cut, tables: _Tables, z: Tensor, reverse: b
     wide = min(64, triton.next_power_of_2(cut.each))
     columns, bands = triton.cdiv(cut.each, wide), triton.cdiv(state, STATES)
     segment_carry_kernel[(batch * ssms * columns * bands,)](
-        states, _pairs(z), cut.segments, cut.each, ssms, columns, bands, cut.chunks * CHUNK,
+        states, pairs(z), cut.segments, cut.each, ssms, columns, bands, cut.chunks * CHUNK,
         STATE=state, STATES=STATES, WIDE=wide, SLOPE=parts == 4, num_warps=4,
     )  # fmt: skip
     return states
@@ -165,14 +165,10 @@ def _gradients(
     dc, dz = torch.empty_like(c), torch.empty_like(z)
     bands = triton.cdiv(state, STATES)
     chunked_sums_kernel[(ssms * bands,)](
-        sums, near, _pairs(c), _pairs(z), torch.view_as_real(dc), torch.view_as_real(dz), each, bands,
+        sums, near, pairs(c), pairs(z), torch.view_as_real(dc), torch.view_as_real(dz), each, bands,
         STATE=state, STATES=STATES, CHUNK=CHUNK, SUMMED=SUMMED, num_warps=4,
     )  # fmt: skip
     return dc, dz, dskip.sum(0)
-
-
-def _pairs(v: Tensor) -> Tensor:
-    return torch.view_as_real(v.resolve_conj().contiguous())
 
 
 @triton.jit
@@ -184,15 +180,30 @@ def halves(v):
 
 @triton.jit
 def store_halves(place, apart, v, mask):
-    high = v.to(tl.bfloat16)
-    tl.store(place, high, mask=mask)
-    tl.store(place + apart, (v - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    high, low = halves(v)
+    tl.store(place, high.to(tl.bfloat16), mask=mask)
+    tl.store(place + apart, low.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
 def load_halves(place, apart, mask):
     """A matrix as it is stored, so that products read it from shared memory, where it stays."""
     return tl.load(place, mask=mask, other=0.0).to(FACTOR), tl.load(place + apart, mask=mask, other=0.0).to(FACTOR)
+
+
+@triton.jit
+def load_complex(place, apart, mask):
+    """The halves of the real part, and those of the imaginary part, which come after it."""
+    re, re_low = load_halves(place, apart, mask)
+    im, im_low = load_halves(place + 2 * apart, apart, mask)
+    return re, re_low, im, im_low
+
+
+@triton.jit
+def load_decay(place, real, STATE: tl.constexpr):
+    """exp(CHUNK z), (LANES, 1): real and imaginary part."""
+    re, im = tl.load(place, mask=real, other=0.0), tl.load(place + STATE, mask=real, other=0.0)
+    return re[:, None], im[:, None]
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -204,7 +215,7 @@ def chunk_tables_kernel(
     n = tl.arange(0, LANES)
     real = n < STATE
     at = (ssm * STATE + n) * 2
-    re, im = tl.load(z + at, mask=real, other=0.0), tl.load(z + at + 1, mask=real, other=0.0)
+    re, im = load_pairs(z, at, real)
     c_re, c_im = tl.load(c + at, mask=real, other=0.0), tl.load(c + at + 1, mask=real, other=0.0)
     e_re, e_im = powers(re[None, :], im[None, :], t[:, None].to(tl.float64))
     inside = (t <= CHUNK)[:, None] & real[None, :]
@@ -227,7 +238,7 @@ def chunk_tables_kernel(
 
 
 @triton.jit
-def place_of(program, ssms, columns, segments, each, WIDE: tl.constexpr):
+def place_of(program, ssms, columns, segments):
     """System, row, segment and first channel of a program: columns run fastest, so neighbours read the same rows."""
     column = program % columns
     ssm = (program // columns) % ssms
@@ -260,7 +271,7 @@ def chunked_conv_kernel(
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
     SKIP: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    ssm, row, segment, column = place_of(tl.program_id(0), ssms, columns, segments, each, WIDE)
+    ssm, row, segment, column = place_of(tl.program_id(0), ssms, columns, segments)
     n, t, d = tl.arange(0, LANES), tl.arange(0, CHUNK), column * WIDE + tl.arange(0, WIDE)
     real, inside = n < STATE, d < each
     d = ssm * each + d
@@ -268,15 +279,11 @@ def chunked_conv_kernel(
     V += ssm * (4 * CHUNK * STATE) + t[:, None] * STATE + n[None, :]
     x += row * x_row
     y += row * y_row
-    U_re, U_re_low = load_halves(E, (CHUNK + 1) * STATE, real[:, None])
-    U_im, U_im_low = load_halves(E + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
-    V_re, V_re_low = load_halves(V, CHUNK * STATE, real[None, :])
-    V_im, V_im_low = load_halves(V + 2 * CHUNK * STATE, CHUNK * STATE, real[None, :])
+    U_re, U_re_low, U_im, U_im_low = load_complex(E, (CHUNK + 1) * STATE, real[:, None])
+    V_re, V_re_low, V_im, V_im_low = load_complex(V, CHUNK * STATE, real[None, :])
     lag = t[:, None] - t[None, :]
     T, T_low = load_halves(k + ssm * (2 * CHUNK) + lag, CHUNK, lag >= 0)
-    decay += ssm * (2 * STATE) + n
-    decay_re = tl.load(decay, mask=real, other=0.0)[:, None]
-    decay_im = tl.load(decay + STATE, mask=real, other=0.0)[:, None]
+    decay_re, decay_im = load_decay(decay + ssm * (2 * STATE) + n, real, STATE)
     if SKIP:
         D = tl.load(skip + d, mask=inside, other=0.0)[None, :]
     if CARRIED:
@@ -317,22 +324,18 @@ def segment_states_kernel(
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
     SLOPE: tl.constexpr,
 ):  # fmt: skip
-    ssm, row, segment, column = place_of(tl.program_id(0), ssms, columns, segments, each, WIDE)
+    ssm, row, segment, column = place_of(tl.program_id(0), ssms, columns, segments)
     n, t, d = tl.arange(0, LANES), tl.arange(0, CHUNK), column * WIDE + tl.arange(0, WIDE)
     real, inside = n < STATE, d < each
     d = ssm * each + d
     E += ssm * (8 * (CHUNK + 1) * STATE) + (CHUNK - t)[None, :] * STATE + n[:, None]
     x += row * x_row
-    U_re, U_re_low = load_halves(E, (CHUNK + 1) * STATE, real[:, None])
-    U_im, U_im_low = load_halves(E + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    U_re, U_re_low, U_im, U_im_low = load_complex(E, (CHUNK + 1) * STATE, real[:, None])
     if SLOPE:
-        S_re, S_re_low = load_halves(E + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
-        S_im, S_im_low = load_halves(E + 6 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+        S_re, S_re_low, S_im, S_im_low = load_complex(E + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
         G_re = tl.zeros([LANES, WIDE], tl.float32)
         G_im = tl.zeros([LANES, WIDE], tl.float32)
-    decay += ssm * (2 * STATE) + n
-    decay_re = tl.load(decay, mask=real, other=0.0)[:, None]
-    decay_im = tl.load(decay + STATE, mask=real, other=0.0)[:, None]
+    decay_re, decay_im = load_decay(decay + ssm * (2 * STATE) + n, real, STATE)
     H_re = tl.zeros([LANES, WIDE], tl.float32)
     H_im = tl.zeros([LANES, WIDE], tl.float32)
     first = segment * chunks * CHUNK
@@ -367,7 +370,7 @@ def segment_carry_kernel(
     real = n < STATE
     inside = real[:, None] & (d < each)[None, :]
     at = (ssm * STATE + n) * 2
-    re, im = tl.load(z + at, mask=real, other=0.0), tl.load(z + at + 1, mask=real, other=0.0)
+    re, im = load_pairs(z, at, real)
     steps += tl.zeros([1], tl.float64)
     decay_re, decay_im = powers(re, im, steps)
     steps = steps.to(tl.float32)
@@ -408,7 +411,7 @@ def chunked_gradients_kernel(
     STATE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
     SKIP: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    ssm, row, segment, column = place_of(tl.program_id(0), ssms, columns, segments, each, WIDE)
+    ssm, row, segment, column = place_of(tl.program_id(0), ssms, columns, segments)
     n, t, d = tl.arange(0, LANES), tl.arange(0, CHUNK), column * WIDE + tl.arange(0, WIDE)
     real, inside = n < STATE, d < each
     d = ssm * each + d
@@ -416,18 +419,12 @@ def chunked_gradients_kernel(
     dy += row * y_row
     E += ssm * (8 * (CHUNK + 1) * STATE) + n[:, None]
     later = E + (CHUNK - t)[None, :] * STATE
-    U_re, U_re_low = load_halves(later, (CHUNK + 1) * STATE, real[:, None])
-    U_im, U_im_low = load_halves(later + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
-    S_re, S_re_low = load_halves(later + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
-    S_im, S_im_low = load_halves(later + 6 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    U_re, U_re_low, U_im, U_im_low = load_complex(later, (CHUNK + 1) * STATE, real[:, None])
+    S_re, S_re_low, S_im, S_im_low = load_complex(later + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
     sooner = E + t[None, :] * STATE
-    W_re, W_re_low = load_halves(sooner, (CHUNK + 1) * STATE, real[:, None])
-    W_im, W_im_low = load_halves(sooner + 2 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
-    R_re, R_re_low = load_halves(sooner + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
-    R_im, R_im_low = load_halves(sooner + 6 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
-    decay += ssm * (2 * STATE) + n
-    decay_re = tl.load(decay, mask=real, other=0.0)[:, None]
-    decay_im = tl.load(decay + STATE, mask=real, other=0.0)[:, None]
+    W_re, W_re_low, W_im, W_im_low = load_complex(sooner, (CHUNK + 1) * STATE, real[:, None])
+    R_re, R_re_low, R_im, R_im_low = load_complex(sooner + 4 * (CHUNK + 1) * STATE, (CHUNK + 1) * STATE, real[:, None])
+    decay_re, decay_im = load_decay(decay + ssm * (2 * STATE) + n, real, STATE)
     H_re = tl.zeros([LANES, WIDE], tl.float32)
     H_im = tl.zeros([LANES, WIDE], tl.float32)
     G_re = tl.zeros([LANES, WIDE], tl.float32)
@@ -514,16 +511,11 @@ def chunked_sums_kernel(
         lags += tl.load(near + program[:, None] * CHUNK + t[None, :], mask=known[:, None], other=0.0).to(tl.float64)
     dk = tl.sum(lags, 0)[:, None]
     place = (ssm * STATE + n) * 2
-    re, im = tl.load(z + place, mask=real, other=0.0), tl.load(z + place + 1, mask=real, other=0.0)
+    re, im = load_pairs(z, place, real)
     e_re, e_im = powers(re[None, :], im[None, :], t[:, None].to(tl.float64))
     e_re, e_im = e_re.to(tl.float64), e_im.to(tl.float64)
     steps = t[:, None].to(tl.float64)
     s_re, s_im = tl.sum(a_re, 0) + tl.sum(dk * e_re, 0), tl.sum(a_im, 0) + tl.sum(dk * e_im, 0)
     m_re = tl.sum(b_re, 0) + tl.sum(steps * dk * e_re, 0)
     m_im = tl.sum(b_im, 0) + tl.sum(steps * dk * e_im, 0)
-    c_re = tl.load(c + place, mask=real, other=0.0).to(tl.float64)
-    c_im = tl.load(c + place + 1, mask=real, other=0.0).to(tl.float64)
-    tl.store(dc + place, (2 * s_re).to(dc.dtype.element_ty), mask=real)
-    tl.store(dc + place + 1, (-2 * s_im).to(dc.dtype.element_ty), mask=real)
-    tl.store(dz + place, 2 * (c_re * m_re - c_im * m_im), mask=real)
-    tl.store(dz + place + 1, -2 * (c_re * m_im + c_im * m_re), mask=real)
+    store_moments(c, dc, dz, place, real, s_re, s_im, m_re, m_im)

@@ -40,7 +40,7 @@ def forward(c: Tensor, z: Tensor, length: int) -> Tensor:
     blocks = triton.cdiv(length, ROWS * COLUMNS)
     with on_device_of(c):
         product_kernel[(ssms * blocks,)](
-            _pairs(c.to(torch.complex64)), _pairs(z), K, length, blocks,
+            pairs(c.to(torch.complex64)), pairs(z), K, length, blocks,
             STATE=state, ROWS=ROWS, COLUMNS=COLUMNS, STATES=STATES, num_warps=4,
         )  # fmt: skip
     return K
@@ -55,11 +55,11 @@ def gradients(g: Tensor, c: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     dc, dz = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (c, z))
     with on_device_of(g):
         moments_kernel[(ssms * blocks,)](
-            g.contiguous(), _pairs(z), parts, length, blocks,
+            g.contiguous(), pairs(z), parts, length, blocks,
             STATE=state, ROWS=ROWS, COLUMNS=COLUMNS, STATES=STATES, num_warps=4,
         )  # fmt: skip
         sums_kernel[(ssms * triton.cdiv(state, STATES),)](
-            parts, _pairs(c), torch.view_as_real(dc), torch.view_as_real(dz), blocks,
+            parts, pairs(c), torch.view_as_real(dc), torch.view_as_real(dz), blocks,
             STATE=state, BLOCK=ROWS * COLUMNS, SUMMED=SUMMED, STATES=STATES, num_warps=4,
         )  # fmt: skip
     return dc, dz
@@ -71,7 +71,7 @@ def coefficients(dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.empty(A.shape, dtype=torch.complex64, device=A.device)
     with on_device_of(A):
         coefficients_kernel[(len(A),)](
-            dt.contiguous(), _pairs(A), _pairs(C), torch.view_as_real(z), torch.view_as_real(c),
+            dt.contiguous(), pairs(A), pairs(C), torch.view_as_real(z), torch.view_as_real(c),
             **_lanes(A.shape[1]),
         )  # fmt: skip
     return z, c
@@ -82,7 +82,7 @@ def coefficient_gradients(dz: Tensor, dc: Tensor, dt: Tensor, A: Tensor, C: Tens
     d_dt, dA, dC = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (dt, A, C))
     with on_device_of(A):
         coefficient_gradients_kernel[(len(A),)](
-            _pairs(dz), _pairs(dc), dt.contiguous(), _pairs(A), _pairs(C),
+            pairs(dz), pairs(dc), dt.contiguous(), pairs(A), pairs(C),
             d_dt, torch.view_as_real(dA), torch.view_as_real(dC),
             **_lanes(A.shape[1]),
         )  # fmt: skip
@@ -95,7 +95,8 @@ def _lanes(state: int) -> dict[str, int]:
     return {"STATE": state, "BLOCK": block, "num_warps": min(max(block // 32, 1), 8)}
 
 
-def _pairs(v: Tensor) -> Tensor:
+def pairs(v: Tensor) -> Tensor:
+    """Complex numbers as their real and imaginary parts, side by side."""
     return torch.view_as_real(v.resolve_conj().contiguous())
 
 
@@ -184,14 +185,16 @@ def sums_kernel(
         im += p_im
         t_re += tl.load(at + 2 * STATE, mask=inside, other=0.0).to(tl.float64) + start * p_re
         t_im += tl.load(at + 3 * STATE, mask=inside, other=0.0).to(tl.float64) + start * p_im
-    place, real = (ssm * STATE + n) * 2, n < STATE
-    c_re = tl.load(c + place, mask=real, other=0.0).to(tl.float64)
-    c_im = tl.load(c + place + 1, mask=real, other=0.0).to(tl.float64)
-    m_re, m_im = tl.sum(t_re, 0), tl.sum(t_im, 0)
-    tl.store(dc + place, (2 * tl.sum(re, 0)).to(dc.dtype.element_ty), mask=real)
-    tl.store(dc + place + 1, (-2 * tl.sum(im, 0)).to(dc.dtype.element_ty), mask=real)
-    tl.store(dz + place, 2 * (c_re * m_re - c_im * m_im), mask=real)
-    tl.store(dz + place + 1, -2 * (c_re * m_im + c_im * m_re), mask=real)
+    place = (ssm * STATE + n) * 2
+    store_moments(c, dc, dz, place, n < STATE, tl.sum(re, 0), tl.sum(im, 0), tl.sum(t_re, 0), tl.sum(t_im, 0))
+
+
+@triton.jit
+def store_moments(c, dc, dz, place, inside, re, im, t_re, t_im):
+    """dc = 2 conj(sum g exp(t z)) and dz = 2 conj(c sum t g exp(t z)) from the two sums, float64."""
+    c_re, c_im = load_pairs(c, place, inside)
+    store_pairs(dc, place, inside, 2 * re, -2 * im)
+    store_pairs(dz, place, inside, 2 * (c_re * t_re - c_im * t_im), -2 * (c_re * t_im + c_im * t_re))
 
 
 @triton.jit
